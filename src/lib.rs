@@ -1,0 +1,6 @@
+//! couch-hookd: turns what happens inside CouchDB into signed webhooks, losing nothing.
+
+pub mod config;
+pub mod error;
+pub mod pure;
+pub mod sys;

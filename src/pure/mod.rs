@@ -1,0 +1,5 @@
+//! Decisions: values in, values out. No I/O, no clock, no randomness, no threads, no logging.
+
+pub mod changes;
+pub mod secret;
+pub mod seq;
