@@ -1,5 +1,14 @@
 //! Decisions: values in, values out. No I/O, no clock, no randomness, no threads, no logging.
 
 pub mod changes;
+pub mod dispatch;
+pub mod endpoint;
+pub mod flow;
+pub mod lanes;
+pub mod message;
+pub mod retry;
 pub mod secret;
 pub mod seq;
+#[cfg(test)]
+mod simulation;
+pub mod watermark;
