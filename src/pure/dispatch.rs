@@ -8,7 +8,7 @@ use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use crate::pure::endpoint::{self, Endpoint, LetterClass, Outcome, Settings, Start, Verdict};
+use crate::pure::endpoint::{self, Endpoint, LetterClass, Moment, Outcome, Settings, Start, Verdict};
 use crate::pure::flow::{self, Flow, Opened, Position, Read, ReadFault};
 use crate::pure::message::{self, Arrived, Event};
 use crate::pure::seq::Seq;
@@ -248,10 +248,11 @@ impl Dispatch {
     }
 
     /// What came of an attempt.
-    pub fn on_outcome(&mut self, token: u64, outcome: Outcome, now: Instant, jitter: f64) {
+    pub fn on_outcome(&mut self, token: u64, outcome: Outcome, at: Moment) {
+        let now = at.now;
         let Some(Work::Attempt { flow, replay }) = self.work.remove(&token) else { return };
         if replay {
-            self.on_replayed(flow, token, outcome, now, jitter);
+            self.on_replayed(flow, token, outcome, at);
             return;
         }
         let alone = self.n_pending() == 1;
@@ -259,7 +260,7 @@ impl Dispatch {
         let event = Arc::clone(&pending.event);
         let lane = lane_key(flow, &event);
         let mut trial = pending.trial;
-        let verdict = self.endpoint.on_outcome(token, &mut trial, lane, outcome, alone, now, jitter);
+        let verdict = self.endpoint.on_outcome(token, &mut trial, lane, outcome, alone, at);
         if let Some(pending) = self.flows[flow].lanes().busy_mut(token) {
             pending.trial = trial;
         }
@@ -335,7 +336,7 @@ impl Dispatch {
     ) {
         actions.append(&mut self.outbox);
         // Before an endpoint that recovered releases what is held back: it may be what made it look bad.
-        self.judge_held(now, jitter);
+        self.judge_held(Moment { now, jitter });
         self.say_endpoint();
         if !self.halted {
             self.poll_replays(now, permit, actions);
@@ -468,7 +469,7 @@ impl Dispatch {
     }
 
     /// Judges anew what is held back, when others were delivered since: that is what makes a suspect.
-    fn judge_held(&mut self, now: Instant, jitter: f64) {
+    fn judge_held(&mut self, at: Moment) {
         let delivered = self.endpoint.n_delivered();
         if std::mem::replace(&mut self.judged_at, delivered) == delivered {
             return;
@@ -482,7 +483,7 @@ impl Dispatch {
                 .map(|(key, trial)| (Arc::clone(key), *trial))
                 .collect();
             for (key, trial) in suspects {
-                let Verdict::DeadLetter(class) = self.endpoint.suspect(&trial, now, jitter) else { return };
+                let Verdict::DeadLetter(class) = self.endpoint.suspect(&trial, at) else { return };
                 let token = self.token();
                 let pending = self.flows[flow].lanes().take_held(&key, token).expect("it was held just now");
                 let event = Arc::clone(&pending.event);
@@ -572,18 +573,19 @@ impl Dispatch {
         }
     }
 
-    fn on_replayed(&mut self, flow: FlowIndex, token: u64, outcome: Outcome, now: Instant, jitter: f64) {
+    fn on_replayed(&mut self, flow: FlowIndex, token: u64, outcome: Outcome, at: Moment) {
+        let now = at.now;
         let sent = |suspect: &Suspect| matches!(suspect.state, Replay::Sent(t) if t == token);
-        let at = self.suspects.iter().position(sent);
+        let place = self.suspects.iter().position(sent);
         // Taken or not, its letter is stored: a row that joined it is finished.
         self.flows[flow].on_finished(token, now);
-        if self.endpoint.on_replay_outcome(outcome, now, jitter) {
-            if let Some(at) = at {
-                self.outbox.push(Action::DeleteLetter(self.suspects[at].letter.id));
-                self.drop_suspect(at);
+        if self.endpoint.on_replay_outcome(outcome, at) {
+            if let Some(place) = place {
+                self.outbox.push(Action::DeleteLetter(self.suspects[place].letter.id));
+                self.drop_suspect(place);
             }
-        } else if let Some(at) = at {
-            self.rest(at, now);
+        } else if let Some(place) = place {
+            self.rest(place, now);
         }
     }
 }

@@ -46,6 +46,15 @@ pub struct Settings {
     pub give_up_after: Duration,
 }
 
+/// The time of an input, and a number in `0.0..1.0` to spread what follows from it.
+#[derive(Debug, Clone, Copy)]
+pub struct Moment {
+    /// Monotonic.
+    pub now: Instant,
+    /// Spreads retries.
+    pub jitter: f64,
+}
+
 /// What came of one attempt.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Outcome {
@@ -331,8 +340,7 @@ impl Endpoint {
         lane: u64,
         outcome: Outcome,
         alone: bool,
-        now: Instant,
-        jitter: f64,
+        at: Moment,
     ) -> Verdict {
         self.in_flight -= 1;
         let was_probe = match &mut self.state {
@@ -348,21 +356,21 @@ impl Endpoint {
         }
         match class {
             Class::Delivered => self.on_delivered(),
-            Class::Event => self.on_refused(trial, lane, was_probe, now, jitter),
-            Class::Gone => self.on_gone(trial, lane, was_probe, now, jitter),
-            Class::Endpoint => self.on_failed(trial, outcome, was_probe, alone, now, jitter),
+            Class::Event => self.on_refused(trial, lane, was_probe, at),
+            Class::Gone => self.on_gone(trial, lane, was_probe, at),
+            Class::Endpoint => self.on_failed(trial, outcome, was_probe, alone, at),
         }
     }
 
     /// What came of a suspect that was sent again: `true` when it was taken. Its failure says nothing new about
     /// the endpoint.
-    pub fn on_replay_outcome(&mut self, outcome: Outcome, now: Instant, jitter: f64) -> bool {
+    pub fn on_replay_outcome(&mut self, outcome: Outcome, at: Moment) -> bool {
         self.in_flight -= 1;
         let taken = class(outcome, &self.settings.dead_letter_on) == Class::Delivered;
         if taken {
             self.on_delivered();
         } else if outcome == Outcome::Unreachable && matches!(self.state, State::Up { .. }) {
-            self.go_down(DownReason::Unreachable, None, false, now, jitter);
+            self.go_down(DownReason::Unreachable, None, false, at);
         }
         taken
     }
@@ -392,18 +400,11 @@ impl Endpoint {
         }
     }
 
-    fn on_refused(
-        &mut self,
-        trial: &mut Trial,
-        lane: u64,
-        was_probe: bool,
-        now: Instant,
-        jitter: f64,
-    ) -> Verdict {
+    fn on_refused(&mut self, trial: &mut Trial, lane: u64, was_probe: bool, at: Moment) -> Verdict {
         match self.state {
             State::Down { needs_delivery: true, .. } => {
-                self.probe_failed(was_probe, DownReason::RefusesEverything, None, now, jitter);
-                return Verdict::RetryAt(self.retry_at(trial, None, now, jitter));
+                self.probe_failed(was_probe, DownReason::RefusesEverything, None, at);
+                return Verdict::RetryAt(self.retry_at(trial, None, at));
             }
             State::Down { .. } => {
                 // It answers, so it is up; how it takes other events is not known yet.
@@ -421,8 +422,8 @@ impl Endpoint {
             // That run counts as undelivered: nobody's refusals in it say anything about the event.
             self.refused.clear();
             self.refusal_run += 1;
-            self.go_down(DownReason::RefusesEverything, None, true, now, jitter);
-            return Verdict::RetryAt(self.retry_at(trial, None, now, jitter));
+            self.go_down(DownReason::RefusesEverything, None, true, at);
+            return Verdict::RetryAt(self.retry_at(trial, None, at));
         }
         if trial.refusal_run != self.refusal_run {
             trial.refusal_run = self.refusal_run;
@@ -432,33 +433,26 @@ impl Endpoint {
         if trial.refusals >= self.settings.dead_letter_after {
             return Verdict::DeadLetter(LetterClass::Refused);
         }
-        self.look_up_first(trial, None, now, jitter)
+        self.look_up_first(trial, None, at)
     }
 
-    fn on_gone(
-        &mut self,
-        trial: &mut Trial,
-        lane: u64,
-        was_probe: bool,
-        now: Instant,
-        jitter: f64,
-    ) -> Verdict {
+    fn on_gone(&mut self, trial: &mut Trial, lane: u64, was_probe: bool, at: Moment) -> Verdict {
         match self.gone_seen {
-            Some((first, at)) if first != lane || now >= at + GONE_AGAIN => {
+            Some((first, first_at)) if first != lane || at.now >= first_at + GONE_AGAIN => {
                 self.state = State::Gone;
                 self.notices.push(Notice::Gone);
             }
-            Some(_) => self.probe_failed(was_probe, DownReason::MaybeGone, None, now, jitter),
+            Some(_) => self.probe_failed(was_probe, DownReason::MaybeGone, None, at),
             None => {
-                self.gone_seen = Some((lane, now));
-                self.go_down(DownReason::MaybeGone, None, true, now, jitter);
+                self.gone_seen = Some((lane, at.now));
+                self.go_down(DownReason::MaybeGone, None, true, at);
             }
         }
         if let State::Down { probe_at, .. } = &mut self.state {
             // Soon enough to know within a minute, whatever the schedule says.
-            *probe_at = (*probe_at).min(now + GONE_AGAIN);
+            *probe_at = (*probe_at).min(at.now + GONE_AGAIN);
         }
-        Verdict::RetryAt(self.retry_at(trial, None, now, jitter))
+        Verdict::RetryAt(self.retry_at(trial, None, at))
     }
 
     fn on_failed(
@@ -467,20 +461,19 @@ impl Endpoint {
         outcome: Outcome,
         was_probe: bool,
         alone: bool,
-        now: Instant,
-        jitter: f64,
+        at: Moment,
     ) -> Verdict {
         self.n_failed += 1;
         let retry_after = match outcome {
             Outcome::Status { retry_after, .. } => {
-                retry_after.map(|after| now + after.min(self.settings.retry_after_max))
+                retry_after.map(|after| at.now + after.min(self.settings.retry_after_max))
             }
             Outcome::Unreachable | Outcome::Timeout | Outcome::Broken => None,
         };
         let unreachable = outcome == Outcome::Unreachable;
         if !unreachable {
             self.strike(trial);
-            trial.answered_since.get_or_insert(now);
+            trial.answered_since.get_or_insert(at.now);
         }
         self.failed_in_a_row += 1;
         let reason = if unreachable {
@@ -495,28 +488,28 @@ impl Endpoint {
         match self.state {
             State::Down { .. } => {
                 let reason = reason.unwrap_or(DownReason::Failing);
-                self.probe_failed(was_probe, reason, retry_after, now, jitter);
+                self.probe_failed(was_probe, reason, retry_after, at);
             }
             State::Up { .. } => {
                 if let Some(reason) = reason {
-                    self.go_down(reason, retry_after, false, now, jitter);
+                    self.go_down(reason, retry_after, false, at);
                 }
             }
             State::Gone => {}
         }
         if !unreachable && retry_after.is_none() {
             if self.is_strict() {
-                let held_up = trial.answered_since.map_or(Duration::ZERO, |since| now - since);
+                let held_up = trial.answered_since.map_or(Duration::ZERO, |since| at.now - since);
                 if held_up >= self.settings.give_up_after {
                     return Verdict::DeadLetter(LetterClass::GaveUp);
                 }
             }
             if self.is_suspect(trial, alone) {
-                return self.suspect(trial, now, jitter);
+                return self.suspect(trial, at);
             }
-            return self.look_up_first(trial, retry_after, now, jitter);
+            return self.look_up_first(trial, retry_after, at);
         }
-        Verdict::RetryAt(self.retry_at(trial, retry_after, now, jitter))
+        Verdict::RetryAt(self.retry_at(trial, retry_after, at))
     }
 
     /// Counts an endpoint-class answer against the event, when another was delivered since the last one.
@@ -551,62 +544,43 @@ impl Endpoint {
     }
 
     /// The verdict for a suspect: a letter, unless there are too many to believe.
-    pub fn suspect(&mut self, trial: &Trial, now: Instant, jitter: f64) -> Verdict {
+    pub fn suspect(&mut self, trial: &Trial, at: Moment) -> Verdict {
         if self.n_suspects >= SUSPECTS_MAX {
             if matches!(self.state, State::Up { .. }) {
-                self.go_down(DownReason::TooManySuspects, None, false, now, jitter);
+                self.go_down(DownReason::TooManySuspects, None, false, at);
             }
-            return Verdict::RetryAt(self.retry_at(trial, None, now, jitter));
+            return Verdict::RetryAt(self.retry_at(trial, None, at));
         }
         self.n_suspects += 1;
         Verdict::DeadLetter(LetterClass::Suspect)
     }
 
-    fn look_up_first(
-        &self,
-        trial: &mut Trial,
-        not_before: Option<Instant>,
-        now: Instant,
-        jitter: f64,
-    ) -> Verdict {
-        let at = self.retry_at(trial, not_before, now, jitter);
-        if std::mem::replace(&mut trial.looked_up, true) { Verdict::RetryAt(at) } else { Verdict::LookUp(at) }
+    fn look_up_first(&self, trial: &mut Trial, not_before: Option<Instant>, at: Moment) -> Verdict {
+        let retry_at = self.retry_at(trial, not_before, at);
+        let asked = std::mem::replace(&mut trial.looked_up, true);
+        if asked { Verdict::RetryAt(retry_at) } else { Verdict::LookUp(retry_at) }
     }
 
-    fn retry_at(&self, trial: &Trial, not_before: Option<Instant>, now: Instant, jitter: f64) -> Instant {
-        retry::next_try(&self.settings.retry_schedule, trial.failures, not_before, now, jitter)
+    fn retry_at(&self, trial: &Trial, not_before: Option<Instant>, at: Moment) -> Instant {
+        retry::next_try(&self.settings.retry_schedule, trial.failures, not_before, at.now, at.jitter)
     }
 
-    fn go_down(
-        &mut self,
-        reason: DownReason,
-        not_before: Option<Instant>,
-        needs_delivery: bool,
-        now: Instant,
-        jitter: f64,
-    ) {
+    fn go_down(&mut self, reason: DownReason, not_before: Option<Instant>, needs_delivery: bool, at: Moment) {
         if !self.is_down() {
             self.notices.push(Notice::Down(reason));
         }
         self.proven = true;
-        let probe_at = retry::next_try(&self.settings.retry_schedule, 1, not_before, now, jitter);
+        let probe_at = retry::next_try(&self.settings.retry_schedule, 1, not_before, at.now, at.jitter);
         self.state = State::Down { probes_failed: 1, probe_at, probing: None, needs_delivery };
     }
 
     /// A failure while down: only the probe's own sets the pace, those still in flight from before do not.
-    fn probe_failed(
-        &mut self,
-        was_probe: bool,
-        reason: DownReason,
-        not_before: Option<Instant>,
-        now: Instant,
-        jitter: f64,
-    ) {
+    fn probe_failed(&mut self, was_probe: bool, reason: DownReason, not_before: Option<Instant>, at: Moment) {
         let State::Down { probes_failed, probe_at, .. } = &mut self.state else { return };
         if was_probe {
             *probes_failed += 1;
             *probe_at =
-                retry::next_try(&self.settings.retry_schedule, *probes_failed, not_before, now, jitter);
+                retry::next_try(&self.settings.retry_schedule, *probes_failed, not_before, at.now, at.jitter);
             if !self.proven {
                 self.proven = true;
                 self.notices.push(Notice::Down(reason));

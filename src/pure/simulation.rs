@@ -12,7 +12,7 @@ use fastrand::Rng;
 
 use crate::pure::changes::{Row, RowDoc};
 use crate::pure::dispatch::{Action, Attempt, Dispatch, Fetched, Notice, SuspectLetter};
-use crate::pure::endpoint::{self, LetterClass, Outcome, Settings, WINDOW_EVENTS};
+use crate::pure::endpoint::{self, LetterClass, Moment, Outcome, Settings, WINDOW_EVENTS};
 use crate::pure::flow::{Flow, Opened, Position, Read, ReadFault};
 use crate::pure::message::{Arrived, Event, Telling, WebhookId};
 use crate::pure::seq::Seq;
@@ -597,7 +597,7 @@ impl World {
                 }
                 self.in_flight_docs.remove(&(attempt.flow, attempt.event.doc_id.clone()));
                 let jitter = self.rng.f64();
-                self.dispatch.on_outcome(attempt.token, outcome, self.now, jitter);
+                self.dispatch.on_outcome(attempt.token, outcome, Moment { now: self.now, jitter });
             }
             Job::LookUp(attempt) => {
                 let exists = self.letters.contains_key(&attempt.event.id);
