@@ -334,18 +334,21 @@ pub fn nearest(section: Section, name: &str) -> Option<String> {
     let lower = name.to_ascii_lowercase().replace('-', "_");
     let names = KEYS.iter().filter(|key| key.section == section).map(|key| key.name);
     match lower.strip_suffix("_file") {
-        Some(bare) if lower != "ca_file" => nearest_of(bare, names).map(|name| format!("{name}_file")),
-        _ => nearest_of(&lower, names).map(str::to_owned),
+        Some(bare) if lower != "ca_file" => nearest_of(bare, names, 2).map(|name| format!("{name}_file")),
+        _ => nearest_of(&lower, names, 2).map(str::to_owned),
     }
 }
 
-/// The name that differs least from `word`: by at most a third of its letters, and two at least.
-pub fn nearest_of<'a>(word: &str, names: impl IntoIterator<Item = &'a str>) -> Option<&'a str> {
-    let allowed = (word.chars().count() / 3).max(2);
+/// The name that differs least from `word`: by at most a third of its letters, but `always` many at least.
+pub fn nearest_of<'a>(
+    word: &str,
+    names: impl IntoIterator<Item = &'a str>,
+    always: usize,
+) -> Option<&'a str> {
+    let allowed = (word.chars().count() / 3).max(always);
     let near = names.into_iter().map(|name| (distance(word, name), name));
-    near.filter(|(distance, name)| *distance <= allowed && *distance < name.chars().count())
-        .min()
-        .map(|(_, name)| name)
+    let near = near.filter(|(distance, name)| *distance <= allowed && *distance < name.chars().count());
+    near.min().map(|(_, name)| name)
 }
 
 /// Letters to insert, delete or replace, a swap of two neighbours counting once (optimal string alignment).

@@ -33,15 +33,23 @@ pub struct Parsed {
     pub held_back: BTreeSet<String>,
 }
 
-/// The sections of the webhooks that `[hookd.webhooks]` lists, to be asked for after it.
-pub fn webhook_sections<'a>(listed: impl IntoIterator<Item = &'a str>) -> Vec<String> {
-    let names = listed.into_iter().map(|name| webhook::listed_name(name).trim());
-    names.filter(|name| webhook::is_name(name)).map(|name| format!("hookd.webhook.{name}")).collect()
+/// The sections of the webhooks that `[hookd.webhooks]` lists, to be asked for after it. Of a key such as
+/// `orders_file` it is not known here whether it lists `orders` or `orders_file`: both are given.
+pub fn webhook_sections<'a>(listed: impl IntoIterator<Item = &'a str>) -> BTreeSet<String> {
+    let both = |key: &'a str| [Some(key.trim()), key.trim().strip_suffix("_file")];
+    let names = listed.into_iter().flat_map(both).flatten().filter(|name| webhook::is_name(name));
+    names.map(|name| format!("hookd.webhook.{name}")).collect()
 }
 
 /// Whether a section is ours to judge. Others are CouchDB's, and `local.ini` is a valid file of ours.
 pub fn is_ours(section: &str) -> bool {
     section == "hookd" || section.starts_with("hookd.")
+}
+
+/// Whether a section is ours, or was probably meant to be.
+fn looks_ours(section: &str) -> bool {
+    let lower = section.trim().to_ascii_lowercase();
+    ["hookd", "couch_hookd", "couch-hookd"].iter().any(|name| lower.starts_with(name))
 }
 
 /// Makes a configuration of sections, and says everything that is wrong with them, in the order of places.
@@ -124,8 +132,7 @@ fn unlisted_sections(raw: &Raw, listed: &BTreeMap<&str, &Value>, findings: &mut 
     for (section, values) in &raw.sections {
         let known = section == "hookd" || section == "hookd.webhooks";
         let lower = section.trim().to_ascii_lowercase();
-        let looks_ours = ["hookd", "couch_hookd", "couch-hookd"].iter().any(|name| lower.starts_with(name));
-        if known || !looks_ours {
+        if known || !looks_ours(section) {
             continue;
         }
         let exact = section.strip_prefix("hookd.webhook.");
@@ -137,8 +144,8 @@ fn unlisted_sections(raw: &Raw, listed: &BTreeMap<&str, &Value>, findings: &mut 
         // What follows the last dot may be a listed name although what stands before it is wrong.
         let name = lower.rsplit('.').next().unwrap_or_default().trim();
         let without_section = |name: &&&str| !raw.sections.contains_key(&format!("hookd.webhook.{name}"));
-        let meant = keys::nearest_of(name, listed.keys().filter(without_section).copied());
-        let fixed = keys::nearest_of(&lower, ["hookd", "hookd.webhooks"]).filter(|_| exact.is_none());
+        let meant = keys::nearest_of(name, listed.keys().filter(without_section).copied(), 1);
+        let fixed = keys::nearest_of(&lower, ["hookd", "hookd.webhooks"], 2).filter(|_| exact.is_none());
         findings.push(match (meant, fixed) {
             (Some(meant), _) => {
                 let message =

@@ -23,11 +23,6 @@ pub(crate) fn is_name(text: &str) -> bool {
         && text.bytes().next().is_some_and(letter)
 }
 
-/// The webhook that a key of `[hookd.webhooks]` lists: `orders_file` may list `orders`, whose URL is in a file.
-pub(crate) fn listed_name(key: &str) -> &str {
-    key.strip_suffix("_file").unwrap_or(key)
-}
-
 /// `None` when there is an error, which is then among `findings`.
 pub(crate) fn parse(
     name: &str,

@@ -48,10 +48,13 @@ pub struct Finding {
 ///
 /// Of two lines for one key the last counts since 3.3, the first before it (CouchDB inserts them from behind).
 pub fn parse(text: &[u8], dialect: Dialect) -> (Vec<Entry>, Vec<Finding>) {
-    let rules = match dialect {
-        Dialect::Before3_3 => Rules::V1,
-        Dialect::Since3_3 => Rules::V3,
-    };
+    match dialect {
+        Dialect::Before3_3 => parse_by(text, Rules::V1),
+        Dialect::Since3_3 => parse_by(text, Rules::V3),
+    }
+}
+
+fn parse_by(text: &[u8], rules: Rules) -> (Vec<Entry>, Vec<Finding>) {
     let mut entries: Vec<Entry> = Vec::new();
     let mut findings = Vec::new();
     for Read { line, section, found } in read(text, rules) {
@@ -60,11 +63,11 @@ pub fn parse(text: &[u8], dialect: Dialect) -> (Vec<Entry>, Vec<Finding>) {
             findings.push(Finding { line, section: section.clone(), header, message });
         };
         match found {
-            Found::Pair(key, value) if !value.is_empty() => entries.push(Entry { section, key, value, line }),
+            Found::Pair(key, value) => entries.push(Entry { section, key, value, line }),
             Found::Continued(more) => {
                 if let Some(last) = entries.last_mut() {
                     last.section = section;
-                    last.value = format!("{} {more}", last.value);
+                    last.value = trim(&format!("{} {more}", last.value)).to_owned();
                 }
             }
             Found::BadHeader(meant) => {
@@ -73,18 +76,18 @@ pub fn parse(text: &[u8], dialect: Dialect) -> (Vec<Entry>, Vec<Finding>) {
                 finding(Some(&meant), message.to_owned());
             }
             Found::Malformed(why) => finding(None, why.to_owned()),
-            Found::Nothing | Found::Header | Found::Pair(..) => {}
+            Found::Nothing | Found::Header | Found::Empty(_) => {}
         }
     }
     let mut seen = BTreeSet::new();
-    let mut first_of_its_name = |entry: &Entry| seen.insert((entry.section.clone(), entry.key.clone()));
-    match dialect {
-        Dialect::Before3_3 => entries.retain(&mut first_of_its_name),
-        Dialect::Since3_3 => {
-            entries.reverse();
-            entries.retain(&mut first_of_its_name);
-            entries.reverse();
-        }
+    let mut is_first = |entry: &Entry| seen.insert((entry.section.clone(), entry.key.clone()));
+    if rules == Rules::V3 {
+        entries.reverse();
+        entries.retain(&mut is_first);
+        entries.reverse();
+    } else {
+        entries.retain(&mut is_first);
+        entries.retain(|entry| !entry.value.is_empty());
     }
     (entries, findings)
 }
@@ -131,8 +134,11 @@ enum Found {
     /// A blank line or a comment.
     Nothing,
     Header,
-    /// Key and value without blanks around them; the value may be empty.
+    /// Key and value without blanks around them. Before 3.3 the value is empty when only a comment follows a
+    /// blank, and still hides a later line for the same key.
     Pair(String, String),
+    /// A key without a value.
+    Empty(String),
     /// More of the value above (before 3.3).
     Continued(String),
     /// Begins with `[` but opens no section; the name that was probably meant.
@@ -192,7 +198,7 @@ fn read(text: &[u8], rules: Rules) -> Vec<Read> {
                 Rules::V1 | Rules::V2 => read_before_3_3(line, &mut section, rules, any_pair),
             },
         };
-        any_pair |= matches!(&found, Found::Pair(_, value) if !value.is_empty());
+        any_pair |= matches!(&found, Found::Pair(..));
         all.push(Read { line: index + 1, section: section.clone(), found });
     }
     all
@@ -218,6 +224,7 @@ fn read_since_3_3(line: &str, section: &mut String) -> Found {
         None => Found::Malformed(NO_PAIR),
         Some((key, _)) if trim(key).is_empty() => Found::Malformed(NO_KEY),
         Some(_) if section.is_empty() => Found::Malformed(NO_SECTION),
+        Some((key, value)) if trim(value).is_empty() => Found::Empty(trim(key).to_owned()),
         Some((key, value)) => Found::Pair(trim(key).to_owned(), trim(value).to_owned()),
     }
 }
@@ -248,6 +255,9 @@ fn read_before_3_3(line: &str, section: &mut String, rules: Rules, any_pair: boo
         return Found::Malformed(NO_KEY);
     }
     let squeezed = squeeze_equals(value, rules);
+    if squeezed.is_empty() {
+        return Found::Empty(trim(key).to_owned());
+    }
     Found::Pair(trim(key).to_owned(), trim(before_comment(&squeezed)).to_owned())
 }
 
@@ -304,6 +314,12 @@ fn difference(raw: &str, one: &Found, two: &Found, three: &Found) -> Option<&'st
             "before 3.3 this line continues the value above it, since 3.3 it is ignored; write the value on one line",
         );
     }
+    if matches!((one, three), (Found::Empty(_), Found::Empty(_))) {
+        return Some(
+            "an empty value: before 3.3 it takes away the value of an earlier file, since 3.3 it says nothing; \
+             delete the line, or write `off` where the key takes it",
+        );
+    }
     let Found::Pair(key, value) = one else {
         return (one != three)
             .then_some("CouchDB's versions read this line differently; write `key = value` without tabs");
@@ -332,12 +348,6 @@ fn difference(raw: &str, one: &Found, two: &Found, three: &Found) -> Option<&'st
     if two != three {
         return Some("2.x keeps some of the blanks around `=` inside this value; leave them out");
     }
-    if value.is_empty() {
-        return Some(
-            "an empty value: before 3.3 it takes away the value of an earlier file, since 3.3 it says nothing; \
-             delete the line, or write `off` where the key takes it",
-        );
-    }
     if !raw.is_ascii() {
         return Some(
             "characters beyond ASCII are fine in files but refused over HTTP by 2.x and 3.x; inside JSON write \
@@ -345,4 +355,117 @@ fn difference(raw: &str, one: &Found, two: &Found, three: &Found) -> Option<&'st
         );
     }
     None
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// `section.key=value` by line, then findings as `!line`, by the rules before and since 3.3.
+    fn check(text: &str, before: &str, since: &str) {
+        for (dialect, expected) in [(Dialect::Before3_3, before), (Dialect::Since3_3, since)] {
+            assert_eq!(shown(text.as_bytes(), dialect), expected, "{text:?} by the rules of {dialect:?}");
+        }
+    }
+
+    fn shown(text: &[u8], dialect: Dialect) -> String {
+        let (entries, findings) = parse(text, dialect);
+        let entries = entries.iter().map(|e| format!("{}.{}={}", e.section, e.key, e.value));
+        let findings = findings.iter().map(|finding| format!("!{}", finding.line));
+        entries.chain(findings).collect::<Vec<_>>().join(" | ")
+    }
+
+    fn same(text: &str, expected: &str) {
+        check(text, expected, expected);
+    }
+
+    #[test]
+    fn plain_lines_read_the_same() {
+        same("", "");
+        same("[s]\nk=v", "s.k=v");
+        same("[s]\r\n\r\nk = v\r\n", "s.k=v");
+        same("[s]\n  k  =  v  ", "s.k=v");
+        same("[s]\n; k = v\n ; k = v\n;k=v", "");
+        same("[s]\n;k=v\n[t]\nk=v", "t.k=v");
+        same("[s]\nk=v=v", "s.k=v=v");
+        same("[s]\nk==v", "s.k==v");
+        same("[s]\nk=v;w", "s.k=v;w");
+        same("[s]\nk=v; w", "s.k=v; w");
+        same("[s]\nk = v ; comment", "s.k=v");
+        same("[s]\nk = v\t; comment", "s.k=v");
+        same("[s]\nk = {\"a\":[1,2]}", "s.k={\"a\":[1,2]}");
+        same("[a.b.c]\nheader.x-y = https://h/?a%7E*", "a.b.c.header.x-y=https://h/?a%7E*");
+        same("[s]\nk =\nl = 1", "s.l=1");
+        same("[s]\nk = grün", "s.k=grün");
+        same("[s]\rk=v\x1al=w", "s.k=v | s.l=w");
+    }
+
+    #[test]
+    fn versions_differ() {
+        check("[a]\nk=1\n[b] ; x\nl=2", "a.k=1 | a.l=2 | !3", "a.k=1 | b.l=2");
+        check("[s]\nk = a = b", "s.k=a=b", "s.k=a = b");
+        check("[s]\nk=a = b", "s.k=a=b", "s.k=a=b");
+        check("[s]\nk = v\n more", "s.k=v more", "s.k=v | !3");
+        check("[s]\nk = v\n  more", "s.k=v | !3", "s.k=v | !3");
+        check("[s]\nk=1\nk=2", "s.k=1", "s.k=2");
+        check("[s]\nk=1\nk=", "s.k=1", "s.k=1");
+        check("\t[s]\nk=1", ".k=1 | !1", "s.k=1");
+        check("[s]\nk = ; c", "s.k=; c", "");
+        check("k = v", ".k=v", "!1");
+        check("[s]\nk ; c = v", "s.k ; c=v", "!2");
+    }
+
+    #[test]
+    fn malformed_lines_are_said_and_lose_nothing_else() {
+        same("[s]\nno pair\nk=v", "s.k=v | !2");
+        same("[s]\n= v\nk=v", "s.k=v | !2");
+        check("[s\nk=v\n[s]\nl=w", ".k=v | s.l=w | !1", "s.l=w | !1 | !2");
+    }
+
+    #[test]
+    fn invalid_utf8_loses_one_line() {
+        for dialect in [Dialect::Before3_3, Dialect::Since3_3] {
+            assert_eq!(shown(b"[s]\nk=\xff\nl=w", dialect), "s.l=w | !2");
+            assert_eq!(shown(b"[s]\n; \xe4\nl=w", dialect), "s.l=w");
+            let (_, findings) = parse(b"[s]\n[\xff]\nl=w", dialect);
+            assert!(findings[0].header.is_some(), "keys below it belong elsewhere");
+        }
+    }
+
+    #[test]
+    fn a_byte_order_mark_is_skipped_and_said() {
+        assert_eq!(shown(b"\xef\xbb\xbf[s]\nk=v", Dialect::Since3_3), "s.k=v");
+        assert_eq!(differing(b"\xef\xbb\xbf[s]\nk=v"), "1: a byte order mark");
+    }
+
+    /// The first four words of each difference.
+    fn differing(text: &[u8]) -> String {
+        let findings = differences(text, |section| section == "s");
+        let words = findings.iter().map(|finding| {
+            let words: Vec<&str> = finding.message.split(' ').take(4).collect();
+            format!("{}: {}", finding.line, words.join(" ").trim_end_matches([',', ':']))
+        });
+        words.collect::<Vec<_>>().join(" | ")
+    }
+
+    #[test]
+    fn lines_that_versions_read_differently_are_named() {
+        let check = |text: &str, expected: &str| assert_eq!(differing(text.as_bytes()), expected, "{text:?}");
+        check("[s]\nk = v\n; comment\n\nl=w", "");
+        check("[s] ; x\nk=v", "1: before 3.3 a comment");
+        check("[s]\nk=v\n[t] ; x\nl=v", "3: before 3.3 a comment");
+        check("\t[s]\nk=v", "1: before 3.3 a comment");
+        check("[ s]\nk=v", "");
+        check("[s]\nk = {\"a\":\"x ;y\"}", "2: in a file everything");
+        check("[s]\nk = ; c", "2: in a file everything");
+        check("[s]\nk = a = b", "2: before 3.3 blanks around");
+        check("[s]\nk=a = b", "2: since 3.3 the key");
+        check("[s]\nk = a=b", "");
+        check("[s]\nk = v\n more", "3: before 3.3 this line");
+        check("[s]\nk = v\n\tmore", "");
+        check("[s]\nk=1\nk=2", "3: this key stands in");
+        check("[s]\nk =", "2: an empty value: before");
+        check("[s]\nk = grün", "2: characters beyond ASCII are");
+        check("[t] ; x\nk = a = b", "");
+    }
 }

@@ -77,6 +77,11 @@ impl Url {
         self.rest.contains('?')
     }
 
+    /// Whether there is a user name.
+    pub fn has_userinfo(&self) -> bool {
+        self.userinfo.is_some()
+    }
+
     /// User name and password, percent-decoded.
     ///
     /// # Errors
