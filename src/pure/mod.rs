@@ -12,3 +12,7 @@ pub mod seq;
 #[cfg(test)]
 mod simulation;
 pub mod watermark;
+pub mod ini;
+pub mod secret;
+pub mod seq;
+pub mod url;
