@@ -1,5 +1,7 @@
 //! Decisions: values in, values out. No I/O, no clock, no randomness, no threads, no logging.
 
 pub mod changes;
+pub mod checkpoint;
+pub mod login;
 pub mod secret;
 pub mod seq;
