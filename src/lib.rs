@@ -1,6 +1,8 @@
 //! couch-hookd: turns what happens inside CouchDB into signed webhooks, losing nothing.
 
 pub mod config;
+pub mod couch;
 pub mod error;
 pub mod pure;
 pub mod sys;
+pub mod tls;

@@ -7,6 +7,8 @@ pub mod flow;
 pub mod lanes;
 pub mod message;
 pub mod retry;
+pub mod checkpoint;
+pub mod login;
 pub mod secret;
 pub mod seq;
 #[cfg(test)]
