@@ -3,3 +3,4 @@
 pub mod changes;
 pub mod secret;
 pub mod seq;
+pub mod signature;
