@@ -3,4 +3,5 @@
 pub mod config;
 pub mod error;
 pub mod pure;
+pub mod standin;
 pub mod sys;
