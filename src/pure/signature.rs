@@ -290,7 +290,7 @@ fn find_mistake(keys: &[Key], signed: &Signed<'_>, v1: &[&str], decoded: &[Vec<u
     for key in keys {
         let bytes = key.bytes.as_slice();
         let undecoded = key.text.strip_prefix(SECRET_PREFIX).unwrap_or(&key.text);
-        let candidates: [(Mistake, &[u8], Vec<&[u8]>); 8] = [
+        let candidates = [
             (Mistake::SecretNotDecoded, undecoded.as_bytes(), signed.right()),
             (Mistake::PrefixInSecret, key.text.as_bytes(), signed.right()),
             (Mistake::NewlineLost, bytes, signed.with_body(&with_newline)),

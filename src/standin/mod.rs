@@ -3,4 +3,12 @@
 //! The `demo` and `receive` commands use them, and so do the integration tests, where they are what no real
 //! server does on demand. Nothing here is part of the daemon itself.
 
+pub mod couch;
 pub mod http;
+
+mod changes_feed;
+mod quirks;
+mod routes;
+mod selector;
+mod seqs;
+mod store;
