@@ -4,5 +4,6 @@ pub mod config;
 pub mod couch;
 pub mod error;
 pub mod pure;
+pub mod standin;
 pub mod sys;
 pub mod tls;

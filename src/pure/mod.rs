@@ -18,3 +18,4 @@ pub mod ini;
 pub mod secret;
 pub mod seq;
 pub mod url;
+pub mod signature;
