@@ -2,5 +2,7 @@
 
 pub mod config;
 pub mod error;
+pub mod host;
+pub mod log;
 pub mod pure;
 pub mod sys;
