@@ -19,3 +19,8 @@ pub mod secret;
 pub mod seq;
 pub mod url;
 pub mod signature;
+pub mod log_limit;
+pub mod os_daemon;
+pub mod secret;
+pub mod seq;
+pub mod settled;
