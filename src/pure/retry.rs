@@ -2,6 +2,8 @@
 
 use std::time::{Duration, Instant};
 
+use jiff::Timestamp;
+
 /// How far jitter moves a delay, as a share of it, either way.
 const JITTER: f64 = 0.2;
 
@@ -24,6 +26,23 @@ pub fn next_try(
     let delay = schedule.get(step).copied().unwrap_or_default();
     let at = now + delay.mul_f64(1.0 - JITTER + 2.0 * JITTER * jitter);
     not_before.map_or(at, |not_before| at.max(not_before))
+}
+
+/// What an answer's `Retry-After` asks for: seconds, or a date that counts from the answer's own `date`, so that
+/// a wrong clock on either side does no harm; without one it counts from `wall`. `None` when it is neither, or
+/// not in the future. Not cut: who uses it has its own limit.
+///
+/// Source: RFC 9110 §10.2.3.
+pub fn retry_after(text: &str, date: Option<&str>, wall: Timestamp) -> Option<Duration> {
+    let text = text.trim();
+    if let Ok(seconds) = text.parse::<u32>() {
+        return Some(Duration::from_secs(u64::from(seconds))).filter(|after| !after.is_zero());
+    }
+    let parse = |text: &str| {
+        jiff::fmt::rfc2822::DateTimeParser::new().parse_timestamp(text.trim().replace("GMT", "+0000")).ok()
+    };
+    let from = date.and_then(parse).unwrap_or(wall);
+    Duration::try_from(parse(text)?.duration_since(from)).ok().filter(|after| !after.is_zero())
 }
 
 #[cfg(test)]
@@ -58,5 +77,22 @@ mod tests {
         let late = now + Duration::from_secs(60);
         assert_eq!(next_try(&schedule, 1, Some(early), now, 0.5), now + Duration::from_secs(5));
         assert_eq!(next_try(&schedule, 1, Some(late), now, 0.5), late);
+    }
+
+    fn check_after(text: &str, date: Option<&str>, expected: Option<u64>) {
+        let wall = "2026-11-21T20:46:41Z".parse().unwrap();
+        assert_eq!(retry_after(text, date, wall), expected.map(Duration::from_secs), "{text} {date:?}");
+    }
+
+    #[test]
+    fn retry_after_is_seconds_or_a_date_by_the_answers_own_clock() {
+        check_after("120", None, Some(120));
+        check_after(" 7 ", None, Some(7));
+        check_after("0", None, None);
+        check_after("-5", None, None);
+        check_after("soon", None, None);
+        check_after("Sat, 21 Nov 2026 20:47:41 GMT", None, Some(60));
+        check_after("Sat, 21 Nov 2026 20:47:41 GMT", Some("Sat, 21 Nov 2026 20:47:31 GMT"), Some(10));
+        check_after("Sat, 21 Nov 2026 20:00:00 GMT", None, None);
     }
 }

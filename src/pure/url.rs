@@ -72,6 +72,11 @@ impl Url {
         format!("{}{}", self.origin(), path.trim_end_matches('/'))
     }
 
+    /// All of it but the userinfo: what a request is sent to. May hold tokens.
+    pub fn without_userinfo(&self) -> String {
+        format!("{}{}", self.origin(), self.rest)
+    }
+
     /// Whether there is a query.
     pub fn has_query(&self) -> bool {
         self.rest.contains('?')
