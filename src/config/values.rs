@@ -45,11 +45,7 @@ pub(crate) fn duration(text: &str, min: Duration, max: Duration) -> Result<Durat
         "s" => 1000,
         "m" => 60_000,
         "h" => 3_600_000,
-        "" if digits > 0 && number.parse::<u64>().is_ok() => {
-            let with_unit =
-                if number == "0" { "`0s`".to_owned() } else { format!("`{number}s` or `{number}ms`") };
-            return Err(format!("expected a duration with its unit, got `{number}`; write {with_unit}"));
-        }
+        "" if digits > 0 => return Err(bare_number(number, min, max)),
         _ => {
             return Err(format!(
                 "expected a duration such as `500ms`, `5s`, `2m` or `1h`, got `{}`",
@@ -70,6 +66,24 @@ pub(crate) fn duration(text: &str, min: Duration, max: Duration) -> Result<Durat
         return Err(format!("expected a duration from `{min}` to `{max}`, got `{}`", shown(text)));
     }
     Ok(duration)
+}
+
+/// A number without unit: which units would do.
+fn bare_number(number: &str, min: Duration, max: Duration) -> String {
+    let fits = |ms_per_unit: u64| {
+        let ms = number.parse().ok().and_then(|number: u64| number.checked_mul(ms_per_unit));
+        ms.is_some_and(|ms| (min..=max).contains(&Duration::from_millis(ms)))
+    };
+    let units = [("s", 1000), ("ms", 1), ("m", 60_000)].into_iter().filter(|(_, ms)| fits(*ms)).take(2);
+    let write: Vec<String> = units.map(|(unit, _)| format!("`{number}{unit}`")).collect();
+    if write.is_empty() {
+        let (min, max) = (keys::short(min), keys::short(max));
+        return format!(
+            "expected a duration with its unit, from `{min}` to `{max}`, got `{}`",
+            shown(number)
+        );
+    }
+    format!("expected a duration with its unit, got `{number}`; write {}", write.join(" or "))
 }
 
 /// The most steps of a `retry_schedule`.
@@ -118,7 +132,10 @@ pub(crate) fn size(text: &str, min: u64, max: u64) -> Result<u64, String> {
         "KiB" => 1 << 10,
         "MiB" => 1 << 20,
         "" if digits > 0 => {
-            return Err(format!("{expected}, got `{}`; write `{}B` for bytes", shown(text), shown(number)));
+            let write = number
+                .parse()
+                .map_or_else(|_| "with `B`".to_owned(), |n| format!("`{}`", keys::short_size(n)));
+            return Err(format!("{expected}, got `{}`; write {write}", shown(text)));
         }
         "KB" | "kB" | "K" | "k" if digits > 0 => {
             return Err(format!("{expected}, got `{}`; write `{}KiB`", shown(text), shown(number)));
