@@ -44,29 +44,35 @@ fn check(text: &str, expected: Expect) {
     expected.assert_eq(&outcome(text));
 }
 
-/// One line in `[hookd.webhook.orders]`; only its message.
-fn check_key(line: &str, expected: Expect) {
-    let text = format!("[hookd.webhooks]\norders = https://shop.example\n[hookd.webhook.orders]\n{line}\n");
-    let secret = if line.starts_with("secret") { String::new() } else { format!("secret = {SECRET}\n") };
-    let outcome = outcome(&(text + &secret));
-    let (findings, _) = outcome.rsplit_once('\n').unwrap_or((outcome.as_str(), ""));
-    let found = findings.replace("hookd.ini:4: [hookd.webhook.orders] ", "");
-    expected.assert_eq(if findings == outcome { "" } else { &found });
+/// Each line in `[hookd.webhook.orders]`, and what is said about it.
+fn check_keys(lines: &[&str], expected: Expect) {
+    let said = lines.iter().map(|line| {
+        let secret = if line.starts_with("secret") { String::new() } else { format!("secret = {SECRET}\n") };
+        let outcome = outcome(&format!(
+            "[hookd.webhooks]\norders = https://shop.example\n[hookd.webhook.orders]\n{line}\n{secret}"
+        ));
+        let (findings, running) = outcome.rsplit_once('\n').unwrap_or(("fine", &outcome));
+        let expected =
+            if findings == "fine" { "runs [orders], holds back []" } else { "runs [], holds back [orders]" };
+        assert_eq!(running, expected, "{line}");
+        format!("{line:?}\n    {}\n", findings.replace("hookd.ini:4: [hookd.webhook.orders] ", ""))
+    });
+    expected.assert_eq(&said.collect::<String>());
 }
 
-/// One line in `[hookd]`; only its message.
-fn check_hookd(line: &str, expected: Expect) {
-    let outcome = outcome(&format!(
-        "[hookd]\n{line}\n[hookd.webhooks]\norders = https://shop.example\n[hookd.webhook.orders]\nsecret = {SECRET}\n"
-    ));
-    let fine = outcome == "runs [orders], holds back []";
-    let stopped = outcome.ends_with("\nruns nothing, holds back []");
-    assert!(
-        fine || stopped || outcome.contains("warning: "),
-        "a fault in [hookd] stops everything: {outcome}"
-    );
-    let found = outcome.rsplit_once('\n').map_or("", |(findings, _)| findings);
-    expected.assert_eq(&found.replace("hookd.ini:2: [hookd] ", ""));
+/// Each line in `[hookd]`, and what is said about it.
+fn check_hookds(lines: &[&str], expected: Expect) {
+    let said = lines.iter().map(|line| {
+        let outcome = outcome(&format!(
+            "[hookd]\n{line}\n[hookd.webhooks]\norders = https://h\n[hookd.webhook.orders]\nsecret = {SECRET}\n"
+        ));
+        let (findings, running) = outcome.rsplit_once('\n').unwrap_or(("fine", &outcome));
+        let fine = findings == "fine" || findings.starts_with("warning: ");
+        let expected = if fine { "runs [orders], holds back []" } else { "runs nothing, holds back []" };
+        assert_eq!(running, expected, "{line}");
+        format!("{line:?}\n    {}\n", findings.replace("hookd.ini:2: [hookd] ", ""))
+    });
+    expected.assert_eq(&said.collect::<String>());
 }
 
 fn config(text: &str) -> Config {
@@ -228,322 +234,274 @@ fn couchdb_is_found_from_its_own_sections() {
 
 #[test]
 fn faults_of_hookd_are_said() {
-    check_hookd("", expect![[r#""#]]);
-    check_hookd(
-        "couchdb_url = couch.example",
-        expect![
-            "couchdb_url: expected `http://HOST` or `https://HOST` with or without a path, got a text without `://`"
+    check_hookds(
+        &[
+            "",
+            "couchdb_url = couch.example",
+            "couchdb_url = http://:5984/c4n4ry",
+            "couchdb_url = https://a:c4n4ry@h/?x",
+            "couchdb_url = https://c4n4ry@h",
+            "couchdb_url = http://a:c4n4ry@couch.example",
+            "username = a:b",
+            "username = a",
+            "password = c4n4ry",
+            "pasword = c4n4ry",
+            "state_db = Hookd",
+            "state_db = _users",
+            "log_level = trace",
+            "log_format = xml",
+            "public_url = https://a:c4n4ry@couch.example",
+            "register = maybe",
+            "checkpoint_interval = 5",
+            "checkpoint_interval = 1ms",
+            "deliveries_max = 1000",
+            "status_listen = 127.0.0.1:1",
+            "timeout = 5s",
+            "# a comment = c4n4ry",
+            "whsec_c4n4ry = =",
         ],
+        expect![[r##"
+            ""
+                fine
+            "couchdb_url = couch.example"
+                couchdb_url: expected `http://HOST` or `https://HOST` with or without a path, got a text without `://`
+            "couchdb_url = http://:5984/c4n4ry"
+                couchdb_url: expected `http://HOST` or `https://HOST` with or without a path, got no host
+            "couchdb_url = https://a:c4n4ry@h/?x"
+                couchdb_url: expected a URL without a query, got one with `?`
+            "couchdb_url = https://c4n4ry@h"
+                couchdb_url: expected `NAME:PASSWORD@` in front of the host, got no password
+            "couchdb_url = http://a:c4n4ry@couch.example"
+                warning: couchdb_url: the login goes to http://couch.example unencrypted; write https:// where the server takes it
+            "username = a:b"
+                username: expected a user name without `:`, which no login can hold
+            "username = a"
+                username: expected `password` or `password_file` beside it, got neither
+            "password = c4n4ry"
+                password: expected `username` beside it, got none
+            "pasword = c4n4ry"
+                pasword: this key is unknown; the nearest one is `password`
+            "state_db = Hookd"
+                state_db: expected a database name (a lower-case letter, then lower-case letters, digits and _$()+/-), got `Hookd`
+            "state_db = _users"
+                state_db: expected a database of its own, got CouchDB's `_users`
+            "log_level = trace"
+                log_level: expected `error` or `warn` or `info` or `debug`, got `trace`
+            "log_format = xml"
+                log_format: expected `text` or `json`, got `xml`
+            "public_url = https://a:c4n4ry@couch.example"
+                public_url: expected a URL without user name and query: it stands in every event
+            "register = maybe"
+                register: expected `true` or `false`, got `maybe`
+            "checkpoint_interval = 5"
+                checkpoint_interval: expected a duration with its unit, got `5`; write `5s` or `5m`
+            "checkpoint_interval = 1ms"
+                checkpoint_interval: expected a duration from `200ms` to `10m`, got `1ms`
+            "deliveries_max = 1000"
+                deliveries_max: expected a number from 1 to 256, got `1000`
+            "status_listen = 127.0.0.1:1"
+                status_listen: this key is not available in this version; delete the line
+            "timeout = 5s"
+                timeout: this key belongs to [hookd.webhook.NAME]
+            "# a comment = c4n4ry"
+                # a comment: this key is unknown; comments begin with `;`
+            "whsec_c4n4ry = ="
+                ***: this key is unknown
+        "##]],
     );
-    check_hookd(
-        "couchdb_url = http://:5984/c4n4ry",
-        expect!["couchdb_url: expected `http://HOST` or `https://HOST` with or without a path, got no host"],
-    );
-    check_hookd(
-        "couchdb_url = https://a:c4n4ry@h/?x",
-        expect!["couchdb_url: expected a URL without a query, got one with `?`"],
-    );
-    check_hookd(
-        "couchdb_url = https://c4n4ry@h",
-        expect!["couchdb_url: expected `NAME:PASSWORD@` in front of the host, got no password"],
-    );
-    check_hookd(
-        "couchdb_url = http://a:c4n4ry@couch.example",
-        expect![
-            "warning: couchdb_url: the login goes to http://couch.example unencrypted; write https:// where the server takes it"
-        ],
-    );
-    check_hookd(
-        "username = a:b",
-        expect!["username: expected a user name without `:`, which no login can hold"],
-    );
-    check_hookd(
-        "username = a",
-        expect!["username: expected `password` or `password_file` beside it, got neither"],
-    );
-    check_hookd("password = c4n4ry", expect!["password: expected `username` beside it, got none"]);
-    check_hookd("pasword = c4n4ry", expect!["pasword: this key is unknown; the nearest one is `password`"]);
-    check_hookd(
-        "state_db = Hookd",
-        expect![
-            "state_db: expected a database name (a lower-case letter, then lower-case letters, digits and _$()+/-), got `Hookd`"
-        ],
-    );
-    check_hookd(
-        "state_db = _users",
-        expect!["state_db: expected a database of its own, got CouchDB's `_users`"],
-    );
-    check_hookd(
-        "log_level = trace",
-        expect!["log_level: expected `error` or `warn` or `info` or `debug`, got `trace`"],
-    );
-    check_hookd("log_format = xml", expect!["log_format: expected `text` or `json`, got `xml`"]);
-    check_hookd(
-        "public_url = https://a:c4n4ry@couch.example",
-        expect!["public_url: expected a URL without user name and query: it stands in every event"],
-    );
-    check_hookd("register = maybe", expect!["register: expected `true` or `false`, got `maybe`"]);
-    check_hookd(
-        "checkpoint_interval = 5",
-        expect!["checkpoint_interval: expected a duration with its unit, got `5`; write `5s` or `5m`"],
-    );
-    check_hookd(
-        "checkpoint_interval = 1ms",
-        expect!["checkpoint_interval: expected a duration from `200ms` to `10m`, got `1ms`"],
-    );
-    check_hookd(
-        "deliveries_max = 1000",
-        expect!["deliveries_max: expected a number from 1 to 256, got `1000`"],
-    );
-    check_hookd(
-        "status_listen = 127.0.0.1:1",
-        expect!["status_listen: this key is not available in this version; delete the line"],
-    );
-    check_hookd("timeout = 5s", expect!["timeout: this key belongs to [hookd.webhook.NAME]"]);
-    check_hookd("# a comment = c4n4ry", expect!["# a comment: this key is unknown; comments begin with `;`"]);
-    check_hookd("whsec_c4n4ry = =", expect!["***: this key is unknown"]);
 }
 
 #[test]
 fn faults_of_a_webhook_are_said() {
-    check_key("", expect![[r#""#]]);
-    check_key(
-        "watch = replications",
-        expect!["watch: `replications` is not available in this version; expected `changes`"],
-    );
-    check_key("watch = dogs", expect!["watch: expected `changes`, got `dogs`"]);
-    check_key(
-        "db = tenant-*",
-        expect![
-            "db: patterns are not available in this version: expected databases by their names, got `tenant-*`"
+    check_keys(
+        &[
+            "",
+            "watch = replications",
+            "watch = dogs",
+            "db = tenant-*",
+            "db = orders, !orders-old",
+            "db = Orders",
+            "db = ,",
+            "db = couch_hookd",
+            "db = _users, a/_replicator",
+            "since = 12-g1AAA",
+            "events = document.created",
+            "events = documents.*",
+            "events = replication.failed",
+            "events = *.deleted, *",
+            "selector = [1]",
+            "selector = {type: order}",
+            "selector = {\"name\": \"a ;c4n4ry\"}",
+            "selector = {}\nfilter = d/f",
+            "filter = f",
+            "filter = _selector",
+            "filter_params = {}",
+            "filter = d/f\nfilter_params = 5",
+            "doc_ids = a, b",
+            "doc_ids = []",
+            "doc_ids = [1]",
+            "include_docs = yes",
+            "secret = c4n4ry",
+            "secret = whsec_c4n4ry",
+            "secret = whsec_c4n4ry!",
+            &format!("secret = {SECRET} whsec_c4n4ry"),
+            "header.content-type = c4n4ry",
+            "header.webhook-id = c4n4ry",
+            "header.x y = c4n4ry",
+            "header.x = c4n4ryä",
+            "header.x = a\nheader.X = c4n4ry",
+            "header. = c4n4ry",
+            "format = cloudevents",
+            "timeout = 15",
+            "timeout = 15 sec",
+            "timeout = 0",
+            "timeout = 99999999999999999999h",
+            "timeout = whsec_c4n4ry",
+            "retry_schedule = 5,x",
+            "retry_schedule = 5s,x",
+            "retry_schedule = 5s,,1m",
+            "retry_schedule = 0s",
+            "concurrency = 0",
+            "dead_letter_on = 200",
+            "dead_letter_on = 410",
+            "payload_bytes_max = 1048576",
+            "payload_bytes_max = 1MB",
+            "payload_bytes_max = 1GiB",
+            "payload_bytes_max = 99999999999999999999MiB",
+            "batch_max = 5",
+            "url = https://c4n4ry.example",
+            "selectr = {}",
+            "Watch = changes",
+            "include-docs = true",
+            "secrte_file = c4n4ry",
+            "banana = c4n4ry",
+            "username = c4n4ry",
         ],
+        expect![[r#"
+            ""
+                fine
+            "watch = replications"
+                watch: `replications` is not available in this version; expected `changes`
+            "watch = dogs"
+                watch: expected `changes`, got `dogs`
+            "db = tenant-*"
+                db: patterns are not available in this version: expected databases by their names, got `tenant-*`
+            "db = orders, !orders-old"
+                db: patterns are not available in this version: expected databases by their names, got `!orders-old`
+            "db = Orders"
+                db: expected a database name (a lower-case letter, then lower-case letters, digits and _$()+/-), got `Orders`
+            "db = ,"
+                db: expected databases, separated by commas, got none
+            "db = couch_hookd"
+                db: `couch_hookd` is [hookd] state_db, which cannot be watched
+            "db = _users, a/_replicator"
+                fine
+            "since = 12-g1AAA"
+                since: expected `now` or `0`, got `12-g1AAA`; a sequence is for `couch-hookd seek`
+            "events = document.created"
+                events: there is no `document.created`: CouchDB cannot know whether a document is new; write `document.updated`
+            "events = documents.*"
+                events: expected `document.updated`, `document.deleted` or a pattern such as `document.*`, got `documents.*`
+            "events = replication.failed"
+                events: expected `document.updated`, `document.deleted` or a pattern such as `document.*`, got `replication.failed`
+            "events = *.deleted, *"
+                fine
+            "selector = [1]"
+                selector: expected a JSON object such as `{"type": "order"}`, got an array
+            "selector = {type: order}"
+                selector: expected a JSON object such as `{"type": "order"}`, got a text that is no JSON at character 2
+            "selector = {\"name\": \"a ;c4n4ry\"}"
+                selector: expected a JSON object such as `{"type": "order"}`, got one that ends in the middle; it looks cut at ` ;`, which begins a comment: write \u003b for the semicolon
+            "selector = {}\nfilter = d/f"
+                hookd.ini:5: [hookd.webhook.orders] filter: expected one kind of filter, got `selector` and `filter`; delete one of them
+            "filter = f"
+                filter: expected `DESIGN_DOCUMENT/NAME`, got `f`
+            "filter = _selector"
+                filter: expected `DESIGN_DOCUMENT/NAME`, got `_selector`; for a built-in filter write `selector`, `doc_ids` or `view`
+            "filter_params = {}"
+                filter_params: expected `filter` beside it, got none
+            "filter = d/f\nfilter_params = 5"
+                hookd.ini:5: [hookd.webhook.orders] filter_params: expected a JSON object such as `{"type": "order"}`, got a number
+            "doc_ids = a, b"
+                doc_ids: expected a JSON array of strings such as `["a", "b"]`, got a text that is no JSON at character 1
+            "doc_ids = []"
+                doc_ids: expected a JSON array of strings such as `["a", "b"]`, got an empty one, which no document passes
+            "doc_ids = [1]"
+                doc_ids: expected a JSON array of strings such as `["a", "b"]`, got a number in it
+            "include_docs = yes"
+                include_docs: expected `true` or `false`, got `yes`
+            "secret = c4n4ry"
+                secret: expected `whsec_` and the base64 of 24 to 64 bytes (`couch-hookd secret` prints a new one), got a text that does not begin with `whsec_`
+            "secret = whsec_c4n4ry"
+                secret: expected `whsec_` and the base64 of 24 to 64 bytes (`couch-hookd secret` prints a new one), got a text that is not base64
+            "secret = whsec_c4n4ry!"
+                secret: expected `whsec_` and the base64 of 24 to 64 bytes (`couch-hookd secret` prints a new one), got a text that is not base64
+            "secret = whsec_AAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA whsec_c4n4ry"
+                secret: secret 2 of 2: expected `whsec_` and the base64 of 24 to 64 bytes (`couch-hookd secret` prints a new one), got a text that is not base64
+            "header.content-type = c4n4ry"
+                header.content-type: the header `content-type` is set by couch-hookd itself
+            "header.webhook-id = c4n4ry"
+                header.webhook-id: the header `webhook-id` is set by couch-hookd itself
+            "header.x y = c4n4ry"
+                header.x y: expected a header name of letters, digits and `-` after `header.`
+            "header.x = c4n4ryä"
+                header.x: expected visible ASCII characters and blanks, got others
+            "header.x = a\nheader.X = c4n4ry"
+                header.x: the header `x` is set twice
+            "header. = c4n4ry"
+                header.: this key is unknown; the nearest one is `header.*`
+            "format = cloudevents"
+                format: `cloudevents` is not available in this version; expected `standard`
+            "timeout = 15"
+                timeout: expected a duration with its unit, got `15`; write `15s`
+            "timeout = 15 sec"
+                timeout: expected a duration such as `500ms`, `5s`, `2m` or `1h`, got `15 sec`
+            "timeout = 0"
+                timeout: expected a duration with its unit, from `100ms` to `10m`, got `0`
+            "timeout = 99999999999999999999h"
+                timeout: expected a duration such as `500ms`, `5s`, `2m` or `1h`, got `99999999999999999999h`
+            "timeout = whsec_c4n4ry"
+                timeout: expected a duration such as `500ms`, `5s`, `2m` or `1h`, got `***`
+            "retry_schedule = 5,x"
+                retry_schedule: expected durations such as `5s` or `2m`, separated by commas, got `5`; write `5s` or `5m`
+            "retry_schedule = 5s,x"
+                retry_schedule: expected durations such as `5s` or `2m`, separated by commas, each from `100ms` to `24h`, got `x`
+            "retry_schedule = 5s,,1m"
+                retry_schedule: expected durations such as `5s` or `2m`, separated by commas, got nothing between two commas
+            "retry_schedule = 0s"
+                retry_schedule: expected durations such as `5s` or `2m`, separated by commas, each from `100ms` to `24h`, got `0s`
+            "concurrency = 0"
+                concurrency: expected a number from 1 to 256, got `0`
+            "dead_letter_on = 200"
+                dead_letter_on: expected statuses from 400 to 599, separated by commas, or `off`, got `200`
+            "dead_letter_on = 410"
+                dead_letter_on: 410 always pauses the webhook; leave it out
+            "payload_bytes_max = 1048576"
+                payload_bytes_max: expected a size such as `64KiB` or `1MiB`, got `1048576`; write `1MiB`
+            "payload_bytes_max = 1MB"
+                payload_bytes_max: expected a size such as `64KiB` or `1MiB`, got `1MB`; write `1MiB`
+            "payload_bytes_max = 1GiB"
+                payload_bytes_max: expected a size such as `64KiB` or `1MiB`, got `1GiB`
+            "payload_bytes_max = 99999999999999999999MiB"
+                payload_bytes_max: expected a size from `1KiB` to `16MiB`, got `99999999999999999999MiB`
+            "batch_max = 5"
+                batch_max: this key is not available in this version; delete the line
+            "url = https://c4n4ry.example"
+                url: this key is unknown; put `orders = URL` under [hookd.webhooks]
+            "selectr = {}"
+                selectr: this key is unknown; the nearest one is `selector`
+            "Watch = changes"
+                Watch: this key is unknown; the nearest one is `watch`
+            "include-docs = true"
+                include-docs: this key is unknown; the nearest one is `include_docs`
+            "secrte_file = c4n4ry"
+                secrte_file: this key is unknown; the nearest one is `secret_file`
+            "banana = c4n4ry"
+                banana: this key is unknown
+            "username = c4n4ry"
+                username: this key belongs to [hookd]
+        "#]],
     );
-    check_key(
-        "db = orders, !orders-old",
-        expect![
-            "db: patterns are not available in this version: expected databases by their names, got `!orders-old`"
-        ],
-    );
-    check_key(
-        "db = Orders",
-        expect![
-            "db: expected a database name (a lower-case letter, then lower-case letters, digits and _$()+/-), got `Orders`"
-        ],
-    );
-    check_key("db = ,", expect!["db: expected databases, separated by commas, got none"]);
-    check_key("db = couch_hookd", expect!["db: `couch_hookd` is [hookd] state_db, which cannot be watched"]);
-    check_key("db = _users, a/_replicator", expect![[r#""#]]);
-    check_key(
-        "since = 12-g1AAA",
-        expect!["since: expected `now` or `0`, got `12-g1AAA`; a sequence is for `couch-hookd seek`"],
-    );
-    check_key(
-        "events = document.created",
-        expect![
-            "events: there is no `document.created`: CouchDB cannot know whether a document is new; write `document.updated`"
-        ],
-    );
-    check_key(
-        "events = documents.*",
-        expect![
-            "events: expected `document.updated`, `document.deleted` or a pattern such as `document.*`, got `documents.*`"
-        ],
-    );
-    check_key(
-        "events = replication.failed",
-        expect![
-            "events: expected `document.updated`, `document.deleted` or a pattern such as `document.*`, got `replication.failed`"
-        ],
-    );
-    check_key("events = *.deleted, *", expect![[r#""#]]);
-    check_key(
-        "selector = [1]",
-        expect![[r#"selector: expected a JSON object such as `{"type": "order"}`, got an array"#]],
-    );
-    check_key(
-        "selector = {type: order}",
-        expect![[
-            r#"selector: expected a JSON object such as `{"type": "order"}`, got a text that is no JSON at character 2"#
-        ]],
-    );
-    check_key(
-        "selector = {\"name\": \"a ;c4n4ry\"}",
-        expect![[
-            r#"selector: expected a JSON object such as `{"type": "order"}`, got one that ends in the middle; it looks cut at ` ;`, which begins a comment: write \u003b for the semicolon"#
-        ]],
-    );
-    check_key(
-        "selector = {}\nfilter = d/f",
-        expect![
-            "hookd.ini:5: [hookd.webhook.orders] filter: expected one kind of filter, got `selector` and `filter`; delete one of them"
-        ],
-    );
-    check_key("filter = f", expect!["filter: expected `DESIGN_DOCUMENT/NAME`, got `f`"]);
-    check_key(
-        "filter = _selector",
-        expect![
-            "filter: expected `DESIGN_DOCUMENT/NAME`, got `_selector`; for a built-in filter write `selector`, `doc_ids` or `view`"
-        ],
-    );
-    check_key("filter_params = {}", expect!["filter_params: expected `filter` beside it, got none"]);
-    check_key(
-        "filter = d/f\nfilter_params = 5",
-        expect![[
-            r#"hookd.ini:5: [hookd.webhook.orders] filter_params: expected a JSON object such as `{"type": "order"}`, got a number"#
-        ]],
-    );
-    check_key(
-        "doc_ids = a, b",
-        expect![[
-            r#"doc_ids: expected a JSON array of strings such as `["a", "b"]`, got a text that is no JSON at character 1"#
-        ]],
-    );
-    check_key(
-        "doc_ids = []",
-        expect![[
-            r#"doc_ids: expected a JSON array of strings such as `["a", "b"]`, got an empty one, which no document passes"#
-        ]],
-    );
-    check_key(
-        "doc_ids = [1]",
-        expect![[r#"doc_ids: expected a JSON array of strings such as `["a", "b"]`, got a number in it"#]],
-    );
-    check_key("include_docs = yes", expect!["include_docs: expected `true` or `false`, got `yes`"]);
-    check_key(
-        "secret = c4n4ry",
-        expect![
-            "secret: expected `whsec_` and the base64 of 24 to 64 bytes (`couch-hookd secret` prints a new one), got a text that does not begin with `whsec_`"
-        ],
-    );
-    check_key(
-        "secret = whsec_c4n4ry",
-        expect![
-            "secret: expected `whsec_` and the base64 of 24 to 64 bytes (`couch-hookd secret` prints a new one), got a text that is not base64"
-        ],
-    );
-    check_key(
-        "secret = whsec_c4n4ry!",
-        expect![
-            "secret: expected `whsec_` and the base64 of 24 to 64 bytes (`couch-hookd secret` prints a new one), got a text that is not base64"
-        ],
-    );
-    check_key(
-        &format!("secret = {SECRET} whsec_c4n4ry"),
-        expect![
-            "secret: secret 2 of 2: expected `whsec_` and the base64 of 24 to 64 bytes (`couch-hookd secret` prints a new one), got a text that is not base64"
-        ],
-    );
-    check_key(
-        "header.content-type = c4n4ry",
-        expect!["header.content-type: the header `content-type` is set by couch-hookd itself"],
-    );
-    check_key(
-        "header.webhook-id = c4n4ry",
-        expect!["header.webhook-id: the header `webhook-id` is set by couch-hookd itself"],
-    );
-    check_key(
-        "header.x y = c4n4ry",
-        expect!["header.x y: expected a header name of letters, digits and `-` after `header.`"],
-    );
-    check_key(
-        "header.x = c4n4ryä",
-        expect!["header.x: expected visible ASCII characters and blanks, got others"],
-    );
-    check_key("header.x = a\nheader.X = c4n4ry", expect!["header.x: the header `x` is set twice"]);
-    check_key("header. = c4n4ry", expect!["header.: this key is unknown; the nearest one is `header.*`"]);
-    check_key(
-        "format = cloudevents",
-        expect!["format: `cloudevents` is not available in this version; expected `standard`"],
-    );
-    check_key("timeout = 15", expect!["timeout: expected a duration with its unit, got `15`; write `15s`"]);
-    check_key(
-        "timeout = 15 sec",
-        expect!["timeout: expected a duration such as `500ms`, `5s`, `2m` or `1h`, got `15 sec`"],
-    );
-    check_key(
-        "timeout = 0",
-        expect!["timeout: expected a duration with its unit, from `100ms` to `10m`, got `0`"],
-    );
-    check_key(
-        "timeout = 99999999999999999999h",
-        expect![
-            "timeout: expected a duration such as `500ms`, `5s`, `2m` or `1h`, got `99999999999999999999h`"
-        ],
-    );
-    check_key(
-        "timeout = whsec_c4n4ry",
-        expect!["timeout: expected a duration such as `500ms`, `5s`, `2m` or `1h`, got `***`"],
-    );
-    check_key(
-        "retry_schedule = 5,x",
-        expect![
-            "retry_schedule: expected durations such as `5s` or `2m`, separated by commas, got `5`; write `5s` or `5ms`"
-        ],
-    );
-    check_key(
-        "retry_schedule = 5s,x",
-        expect![
-            "retry_schedule: expected durations such as `5s` or `2m`, separated by commas, each from `100ms` to `24h`, got `x`"
-        ],
-    );
-    check_key(
-        "retry_schedule = 5s,,1m",
-        expect![
-            "retry_schedule: expected durations such as `5s` or `2m`, separated by commas, got nothing between two commas"
-        ],
-    );
-    check_key(
-        "retry_schedule = 0s",
-        expect![
-            "retry_schedule: expected durations such as `5s` or `2m`, separated by commas, each from `100ms` to `24h`, got `0s`"
-        ],
-    );
-    check_key("concurrency = 0", expect!["concurrency: expected a number from 1 to 256, got `0`"]);
-    check_key(
-        "dead_letter_on = 200",
-        expect![
-            "dead_letter_on: expected statuses from 400 to 599, separated by commas, or `off`, got `200`"
-        ],
-    );
-    check_key("dead_letter_on = 410", expect!["dead_letter_on: 410 always pauses the webhook; leave it out"]);
-    check_key(
-        "payload_bytes_max = 1048576",
-        expect![
-            "payload_bytes_max: expected a size such as `64KiB` or `1MiB`, got `1048576`; write `1048576B` for bytes"
-        ],
-    );
-    check_key(
-        "payload_bytes_max = 1MB",
-        expect!["payload_bytes_max: expected a size such as `64KiB` or `1MiB`, got `1MB`; write `1MiB`"],
-    );
-    check_key(
-        "payload_bytes_max = 1GiB",
-        expect!["payload_bytes_max: expected a size such as `64KiB` or `1MiB`, got `1GiB`"],
-    );
-    check_key(
-        "payload_bytes_max = 99999999999999999999MiB",
-        expect!["payload_bytes_max: expected a size from `1KiB` to `16MiB`, got `99999999999999999999MiB`"],
-    );
-    check_key(
-        "batch_max = 5",
-        expect!["batch_max: this key is not available in this version; delete the line"],
-    );
-    check_key(
-        "url = https://c4n4ry.example",
-        expect!["url: this key is unknown; put `orders = URL` under [hookd.webhooks]"],
-    );
-    check_key("selectr = {}", expect!["selectr: this key is unknown; the nearest one is `selector`"]);
-    check_key("Watch = changes", expect!["Watch: this key is unknown; the nearest one is `watch`"]);
-    check_key(
-        "include-docs = true",
-        expect!["include-docs: this key is unknown; the nearest one is `include_docs`"],
-    );
-    check_key(
-        "secrte_file = c4n4ry",
-        expect!["secrte_file: this key is unknown; the nearest one is `secret_file`"],
-    );
-    check_key("banana = c4n4ry", expect!["banana: this key is unknown"]);
-    check_key("username = c4n4ry", expect!["username: this key belongs to [hookd]"]);
 }
 
 #[test]
