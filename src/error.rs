@@ -22,6 +22,8 @@ pub enum Kind {
     NotFound,
     /// 409 or 412: somebody else wrote first, or it exists already.
     Conflict,
+    /// A feed's position that this server does not know: 400 about `since`, on 1.x a 500.
+    BadSince,
     /// Another 4xx.
     BadRequest,
     /// 5xx.

@@ -1,6 +1,11 @@
 //! couch-hookd: turns what happens inside CouchDB into signed webhooks, losing nothing.
 
 pub mod config;
+pub mod couch;
 pub mod error;
+pub mod host;
+pub mod log;
 pub mod pure;
+pub mod standin;
 pub mod sys;
+pub mod tls;

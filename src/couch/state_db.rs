@@ -1,0 +1,427 @@
+//! Our own database: the checkpoints' key, one record per webhook, dead letters.
+//!
+//! Guarantees that nothing is written before the database is closed to strangers (a new one on 1.x and 2.x is open
+//! to anybody), that storing a dead letter twice is storing it once, and that members which a later version wrote
+//! into a record stay. Leaves to others when any of it is written.
+
+use std::collections::BTreeMap;
+
+use http::Method;
+use serde::{Deserialize, Serialize};
+use serde_json::value::RawValue;
+use serde_json::{Map, Value, json};
+
+use crate::couch::client::{Server, Written, db_path, encoded, from_json};
+use crate::error::{Context, Error, Kind, Result};
+use crate::pure::checkpoint::{Mark, StateKey};
+use crate::sys;
+
+/// `_id` of the document with the key.
+const KEY_ID: &str = "couch-hookd";
+/// Old revisions that CouchDB keeps the names of.
+const REVS_LIMIT: u64 = 10;
+/// Dead letters read at once.
+const PAGE_ROWS: usize = 200;
+/// Suspects listed at most; more than 20 are never kept by one webhook (DESIGN §6).
+const SUSPECTS_MAX: usize = 1_000;
+/// The longest answer of an endpoint that a dead letter keeps.
+const ANSWER_BYTES_MAX: usize = 1024;
+/// 1.x tells of a document before it is on the disk, unless asked: without this a killed CouchDB lost the letter
+/// and kept the checkpoint behind it (HOLES 5).
+const FULL_COMMIT: (&str, &str) = ("x-couch-full-commit", "true");
+
+/// Document `webhook:NAME`: what must be remembered of a webhook beyond its databases.
+///
+/// `{"_id":"webhook:orders","_rev":"3-…","activated_at":"2026-11-21T20:46:41Z","databases":{"orders":"5f0c…"},
+/// "fingerprint":"9a…"}`
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+pub struct WebhookRecord {
+    /// `None` before the first write.
+    #[serde(rename = "_rev", default, skip_serializing_if = "Option::is_none")]
+    pub rev: Option<String>,
+    /// When it first became active: what `since = now` means.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub activated_at: Option<jiff::Timestamp>,
+    /// Databases known, with the mark each had.
+    #[serde(default)]
+    pub databases: BTreeMap<String, Mark>,
+    /// Of the configuration that was last seen.
+    #[serde(default)]
+    pub fingerprint: String,
+    /// Since when the endpoint has said 410.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub gone_since: Option<jiff::Timestamp>,
+    /// What it said.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub gone_reason: Option<String>,
+    /// Since when it has been paused by a command or a limit.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub paused_since: Option<jiff::Timestamp>,
+    /// Why.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub paused_reason: Option<String>,
+    /// Members this version does not know; written back as they are.
+    #[serde(flatten)]
+    pub other: Map<String, Value>,
+}
+
+/// An event given up, by reference: the document is where it was. `_id` is the `webhook-id`.
+///
+/// `{"_id":"msg_5f0c…","webhook":"orders","db":"orders","mark":"…","doc_id":"order:17","rev":"3-9f…",
+/// "revs":["3-9f…"],"seq":"42-g1…","event_type":"document.updated","class":"refused","status":422,
+/// "answer":"total is missing","attempts":3,"first_attempt_at":"…","stored_at":"…"}`
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct DeadLetter {
+    /// `webhook-id`.
+    #[serde(rename = "_id")]
+    pub id: String,
+    /// Name of the webhook.
+    pub webhook: String,
+    /// Name of the database.
+    pub db: String,
+    /// Its mark.
+    pub mark: Mark,
+    /// The document.
+    pub doc_id: String,
+    /// Its winning revision.
+    pub rev: String,
+    /// All revisions the id is made of: the winner, then live conflicts.
+    pub revs: Vec<String>,
+    /// Where the feed told of it, for people.
+    pub seq: Option<Box<RawValue>>,
+    /// `document.updated`.
+    pub event_type: String,
+    /// Whose fault it seems to be.
+    pub class: DeadLetterClass,
+    /// Status of the last answer; `None` when there was none.
+    pub status: Option<u16>,
+    /// Start of the last answer or error, redacted; cut at 1 KiB when stored.
+    pub answer: String,
+    /// How often it was tried.
+    pub attempts: u32,
+    /// When it was first tried.
+    pub first_attempt_at: jiff::Timestamp,
+    /// When it was given up.
+    pub stored_at: jiff::Timestamp,
+}
+
+/// Why an event was given up.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum DeadLetterClass {
+    /// The endpoint refuses it.
+    Refused,
+    /// The endpoint fails at it while it takes others; replayed by the daemon itself.
+    Suspect,
+    /// With `concurrency = 1`: it held up all others for `give_up_after`.
+    GivenUp,
+}
+
+/// Makes the database if it is missing, closes it to strangers, and gives the checkpoints' key, made once.
+///
+/// # Errors
+/// `Forbidden` (or what CouchDB answered) with the two commands an admin types, when it is missing or open and we
+/// may not change that. `Malformed` when the key is none. Else as [`Server::request`].
+pub fn ensure(server: &Server, state_db: &str, username: Option<&str>) -> Result<StateKey> {
+    make(server, state_db, username)
+        .and_then(|()| close(server, state_db, username))
+        .and_then(|()| limit_revs(server, state_db))
+        .and_then(|()| key(server, state_db))
+        .context(|| format!("state_db `{state_db}`"))
+}
+
+fn make(server: &Server, state_db: &str, username: Option<&str>) -> Result<()> {
+    let path = db_path(state_db, &[]);
+    match server.request(&Method::PUT, &path, None, &[]) {
+        Ok(_) => Ok(()),
+        Err(error) if error.kind() == Kind::Conflict => Ok(()),
+        // Only server admins make databases; one may have made it for us.
+        Err(error) if error.kind() == Kind::Forbidden => {
+            match server.request(&Method::GET, &path, None, &[]) {
+                Ok(_) => Ok(()),
+                Err(missing) if missing.kind() == Kind::NotFound => {
+                    Err(by_hand(server, state_db, username, "cannot be made with this login", error))
+                }
+                Err(error) if error.kind() == Kind::Forbidden => {
+                    Err(by_hand(server, state_db, username, "cannot be read with this login", error))
+                }
+                Err(error) => Err(error),
+            }
+        }
+        Err(error) => Err(error),
+    }
+}
+
+/// Sees to it that only server admins and our user get in, before anything is written.
+fn close(server: &Server, state_db: &str, username: Option<&str>) -> Result<()> {
+    let path = db_path(state_db, &["_security"]);
+    let version = server.welcome()?.version;
+    // 1.0 and 1.1 call members readers.
+    let members =
+        if version.starts_with("1.1.") || version.starts_with("1.0.") { "readers" } else { "members" };
+    let found: Value = server.get_json(&path)?;
+    if is_closed(&found, members) && is_listed(&found, members, username) {
+        return Ok(());
+    }
+    let wanted = closed_security(found.clone(), members, username);
+    match server.request(&Method::PUT, &path, Some(&wanted.to_string()), &[]) {
+        Ok(_) => {}
+        // Closed already, and we got in: by a role, or because an admin listed us as he likes.
+        Err(error) if error.kind() == Kind::Forbidden && is_closed(&found, members) => return Ok(()),
+        Err(error) if error.kind() == Kind::Forbidden => {
+            return Err(by_hand(server, state_db, username, "is open to anybody", error));
+        }
+        Err(error) => return Err(error),
+    }
+    let stored: Value = server.get_json(&path)?;
+    if is_closed(&stored, members) {
+        return Ok(());
+    }
+    Err(Error::new(Kind::Server, format!("{path}: still open to anybody after it was closed")))
+}
+
+/// A database whose members list is empty is public.
+fn is_closed(security: &Value, members: &str) -> bool {
+    ["names", "roles"].iter().any(|kind| !names(security, members, kind).is_empty())
+}
+
+fn is_listed(security: &Value, members: &str, username: Option<&str>) -> bool {
+    let Some(username) = username else { return true };
+    [members, "admins"].iter().any(|group| names(security, group, "names").contains(&username))
+}
+
+fn names<'a>(security: &'a Value, group: &str, kind: &str) -> Vec<&'a str> {
+    security[group][kind].as_array().into_iter().flatten().filter_map(Value::as_str).collect()
+}
+
+/// What is there, with server admins and our user added.
+fn closed_security(mut security: Value, members: &str, username: Option<&str>) -> Value {
+    if !security.is_object() {
+        security = json!({});
+    }
+    let mut with = |group: &str, name: Option<&str>| {
+        let mut listed = names(&security, group, "names");
+        listed.extend(name.filter(|name| !listed.contains(name)));
+        let mut roles = names(&security, group, "roles");
+        roles.extend(Some("_admin").filter(|role| !roles.contains(role)));
+        let value = json!({ "names": listed, "roles": roles });
+        security[group] = value;
+    };
+    with("admins", None);
+    with(members, username);
+    security
+}
+
+/// An error that says what an admin can do about it.
+fn by_hand(server: &Server, state_db: &str, username: Option<&str>, found: &str, error: Error) -> Error {
+    let url = format!("{}{}", server.base_url(), db_path(state_db, &[]));
+    let security = closed_security(json!({}), "members", username);
+    Error::new(
+        error.kind(),
+        format!(
+            "{found} ({}); as an admin type `curl -u ADMIN -X PUT {url}` and `curl -u ADMIN -X PUT {url}/_security \
+             -H 'Content-Type: application/json' -d '{security}'`",
+            error.cause()
+        ),
+    )
+}
+
+/// Records are rewritten often and never replicated.
+fn limit_revs(server: &Server, state_db: &str) -> Result<()> {
+    let path = db_path(state_db, &["_revs_limit"]);
+    let limit: Option<u64> = server.get_json(&path).ok();
+    if limit == Some(REVS_LIMIT) {
+        return Ok(());
+    }
+    match server.request(&Method::PUT, &path, Some(&REVS_LIMIT.to_string()), &[]) {
+        // It saves space, no more: a member may not set it, and pouchdb-server does not know it.
+        Err(error) if matches!(error.kind(), Kind::Forbidden | Kind::NotFound | Kind::BadRequest) => Ok(()),
+        other => other.map(drop),
+    }
+}
+
+fn key(server: &Server, state_db: &str) -> Result<StateKey> {
+    if let Some(key) = read_key(server, state_db)? {
+        return Ok(key);
+    }
+    let body = json!({ "key": StateKey::new(sys::random_bytes()).expose() }).to_string();
+    match server.request(&Method::PUT, &db_path(state_db, &[KEY_ID]), Some(&body), &[FULL_COMMIT]) {
+        Ok(_) => {}
+        // Another daemon was first.
+        Err(error) if error.kind() == Kind::Conflict => {}
+        Err(error) => return Err(error),
+    }
+    read_key(server, state_db)?.ok_or_else(|| {
+        Error::new(Kind::Server, format!("document `{KEY_ID}` is not there after it was written"))
+    })
+}
+
+fn read_key(server: &Server, state_db: &str) -> Result<Option<StateKey>> {
+    #[derive(Deserialize)]
+    struct Document {
+        key: String,
+    }
+    let path = db_path(state_db, &[KEY_ID]);
+    let Some(body) = found(server.request(&Method::GET, &path, None, &[]))? else { return Ok(None) };
+    // The body stays out of the error: it holds what may be most of a key.
+    let document: Option<Document> = serde_json::from_slice(&body).ok();
+    match document.and_then(|document| StateKey::parse(&document.key)) {
+        Some(key) => Ok(Some(key)),
+        None => Err(Error::new(
+            Kind::Malformed,
+            format!(
+                "document `{KEY_ID}`: expected a `key` of 64 hex digits; delete the document to get a new one"
+            ),
+        )),
+    }
+}
+
+/// `None` for 404.
+fn found(reply: Result<crate::couch::client::Reply>) -> Result<Option<Vec<u8>>> {
+    match reply {
+        Ok(reply) => Ok(Some(reply.body)),
+        Err(error) if error.kind() == Kind::NotFound => Ok(None),
+        Err(error) => Err(error),
+    }
+}
+
+/// A webhook's record; `None` when it was never active.
+///
+/// # Errors
+/// As [`Server::get_json`].
+pub fn read_record(server: &Server, state_db: &str, webhook: &str) -> Result<Option<WebhookRecord>> {
+    let path = record_path(state_db, webhook);
+    let Some(body) = found(server.request(&Method::GET, &path, None, &[]))? else { return Ok(None) };
+    let mut record: WebhookRecord = from_json(&body).context(|| format!("GET {path}"))?;
+    record.other.remove("_id");
+    Ok(Some(record))
+}
+
+/// Stores a record over the revision it was read at and gives the new one.
+///
+/// # Errors
+/// `Conflict` when somebody else wrote first: read again. Else as [`Server::put_json`].
+pub fn write_record(
+    server: &Server,
+    state_db: &str,
+    webhook: &str,
+    record: &WebhookRecord,
+) -> Result<String> {
+    let path = record_path(state_db, webhook);
+    let body = serde_json::to_string(record).expect("a record of texts is always JSON");
+    let reply = server.request(&Method::PUT, &path, Some(&body), &[FULL_COMMIT])?;
+    let written: Written = from_json(&reply.body).context(|| format!("PUT {path}"))?;
+    Ok(written.rev)
+}
+
+fn record_path(state_db: &str, webhook: &str) -> String {
+    db_path(state_db, &[&format!("webhook:{webhook}")])
+}
+
+/// Whether a letter with this `webhook-id` is stored.
+///
+/// # Errors
+/// As [`Server::request`].
+pub fn dead_letter_exists(server: &Server, state_db: &str, id: &str) -> Result<bool> {
+    Ok(found(server.request(&Method::GET, &db_path(state_db, &[id]), None, &[]))?.is_some())
+}
+
+/// Stores a letter; one that is there already is fine. When this returns, it is on the disk.
+///
+/// # Errors
+/// As [`Server::request`].
+pub fn store_dead_letter(server: &Server, state_db: &str, letter: &DeadLetter) -> Result<()> {
+    let mut letter = letter.clone();
+    if letter.answer.len() > ANSWER_BYTES_MAX {
+        let cut = (0..=ANSWER_BYTES_MAX).rev().find(|at| letter.answer.is_char_boundary(*at));
+        letter.answer.truncate(cut.unwrap_or_default());
+    }
+    let body = serde_json::to_string(&letter).expect("a letter of texts is always JSON");
+    match server.request(&Method::PUT, &db_path(state_db, &[&letter.id]), Some(&body), &[FULL_COMMIT]) {
+        Ok(_) => Ok(()),
+        Err(error) if error.kind() == Kind::Conflict => Ok(()),
+        Err(error) => Err(error),
+    }
+}
+
+/// Deletes a letter, as after a replay that was accepted; a missing one is fine.
+///
+/// # Errors
+/// As [`Server::request`].
+pub fn delete_dead_letter(server: &Server, state_db: &str, id: &str) -> Result<()> {
+    #[derive(Deserialize)]
+    struct Revision {
+        #[serde(rename = "_rev")]
+        rev: String,
+    }
+    let path = db_path(state_db, &[id]);
+    let Some(body) = found(server.request(&Method::GET, &path, None, &[]))? else { return Ok(()) };
+    let revision: Revision = from_json(&body).context(|| format!("GET {path}"))?;
+    let path = format!("{path}?rev={}", encoded(&revision.rev));
+    found(server.request(&Method::DELETE, &path, None, &[FULL_COMMIT])).map(drop)
+}
+
+/// How many letters a webhook has, counted up to `max`. Reads all letters of the database: for starts, not for
+/// every event.
+///
+/// # Errors
+/// As [`Server::get_json`].
+pub fn count_dead_letters(server: &Server, state_db: &str, webhook: &str, max: u64) -> Result<u64> {
+    let mut n_letters = 0;
+    each_page(server, state_db, |letters| {
+        n_letters += letters.iter().filter(|letter| letter["webhook"] == webhook).count() as u64;
+        n_letters < max
+    })?;
+    Ok(n_letters.min(max))
+}
+
+/// A webhook's letters of class `suspect`, which the daemon replays; at most 1,000.
+///
+/// # Errors
+/// As [`Server::get_json`].
+pub fn list_suspects(server: &Server, state_db: &str, webhook: &str) -> Result<Vec<DeadLetter>> {
+    let mut suspects = Vec::new();
+    each_page(server, state_db, |letters| {
+        for letter in letters {
+            if letter["webhook"] != webhook || letter["class"] != "suspect" {
+                continue;
+            }
+            // What somebody else changed beyond reading is not ours to replay.
+            suspects.extend(DeadLetter::deserialize(letter).ok());
+        }
+        suspects.len() < SUSPECTS_MAX
+    })?;
+    suspects.truncate(SUSPECTS_MAX);
+    Ok(suspects)
+}
+
+/// Gives the letters of all webhooks page by page, in the order of their ids, until `on_page` says `false`.
+fn each_page(server: &Server, state_db: &str, mut on_page: impl FnMut(Vec<Value>) -> bool) -> Result<()> {
+    #[derive(Deserialize)]
+    struct Page {
+        rows: Vec<Row>,
+    }
+    #[derive(Deserialize)]
+    struct Row {
+        id: String,
+        doc: Option<Value>,
+    }
+    let mut start = "msg_".to_owned();
+    loop {
+        // One row over, to go on from: ids are hex digits, which all sort before a `g`.
+        let path = format!(
+            "{}?include_docs=true&limit={}&startkey={}&endkey={}",
+            db_path(state_db, &["_all_docs"]),
+            PAGE_ROWS + 1,
+            encoded(&json!(start).to_string()),
+            encoded("\"msg_g\""),
+        );
+        let mut page: Page = server.get_json(&path)?;
+        let next = if page.rows.len() > PAGE_ROWS { page.rows.pop().map(|row| row.id) } else { None };
+        let wants_more = on_page(page.rows.into_iter().filter_map(|row| row.doc).collect());
+        match next {
+            Some(next) if wants_more => start = next,
+            _ => return Ok(()),
+        }
+    }
+}

@@ -1,0 +1,62 @@
+//! When to try again.
+
+use std::time::{Duration, Instant};
+
+/// How far jitter moves a delay, as a share of it, either way.
+const JITTER: f64 = 0.2;
+
+/// Decides when something that failed is tried again.
+///
+/// `failures` counts from 1; past the end of `schedule` its last step repeats, so that a recovery is noticed
+/// within about that step. `jitter` is in `0.0..1.0` and moves the delay by up to 20 % either way. `not_before`
+/// (from `Retry-After`) moves it later, never earlier. Never says "give up": that is decided by what other
+/// events got (DESIGN §6).
+///
+/// Source: RFC 9110 §10.2.3 for `Retry-After`; the schedule's shape after Standard Webhooks, "Retries".
+pub fn next_try(
+    schedule: &[Duration],
+    failures: u32,
+    not_before: Option<Instant>,
+    now: Instant,
+    jitter: f64,
+) -> Instant {
+    let step = (failures.max(1) as usize - 1).min(schedule.len().saturating_sub(1));
+    let delay = schedule.get(step).copied().unwrap_or_default();
+    let at = now + delay.mul_f64(1.0 - JITTER + 2.0 * JITTER * jitter);
+    not_before.map_or(at, |not_before| at.max(not_before))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn check(failures: u32, jitter: f64, expected_ms: u128) {
+        let now = crate::sys::now();
+        let schedule = [Duration::from_secs(1), Duration::from_secs(5), Duration::from_secs(300)];
+        assert_eq!((next_try(&schedule, failures, None, now, jitter) - now).as_millis(), expected_ms);
+    }
+
+    #[test]
+    fn follows_the_schedule_and_repeats_its_last_step() {
+        check(1, 0.5, 1_000);
+        check(2, 0.5, 5_000);
+        check(3, 0.5, 300_000);
+        check(4_000_000_000, 0.5, 300_000);
+    }
+
+    #[test]
+    fn jitter_moves_by_a_fifth_either_way() {
+        check(2, 0.0, 4_000);
+        check(2, 1.0, 6_000);
+    }
+
+    #[test]
+    fn retry_after_moves_later_never_earlier() {
+        let now = crate::sys::now();
+        let schedule = [Duration::from_secs(5)];
+        let early = now + Duration::from_secs(1);
+        let late = now + Duration::from_secs(60);
+        assert_eq!(next_try(&schedule, 1, Some(early), now, 0.5), now + Duration::from_secs(5));
+        assert_eq!(next_try(&schedule, 1, Some(late), now, 0.5), late);
+    }
+}
