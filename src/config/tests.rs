@@ -431,13 +431,13 @@ fn faults_of_a_webhook_are_said() {
             "include_docs = yes"
                 include_docs: expected `true` or `false`, got `yes`
             "secret = c4n4ry"
-                secret: expected `whsec_` and the base64 of 24 to 64 bytes (`couch-hookd secret` prints a new one), got a text that does not begin with `whsec_`
+                secret: expected `whsec_` and base64 of 24 to 64 bytes, got something without `whsec_`; `couch-hookd secret` prints a new one
             "secret = whsec_c4n4ry"
-                secret: expected `whsec_` and the base64 of 24 to 64 bytes (`couch-hookd secret` prints a new one), got a text that is not base64
+                secret: expected base64 after `whsec_`, got 6 characters that are not; `couch-hookd secret` prints a new one
             "secret = whsec_c4n4ry!"
-                secret: expected `whsec_` and the base64 of 24 to 64 bytes (`couch-hookd secret` prints a new one), got a text that is not base64
+                secret: expected base64 after `whsec_`, got 7 characters that are not; `couch-hookd secret` prints a new one
             "secret = whsec_AAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA whsec_c4n4ry"
-                secret: secret 2 of 2: expected `whsec_` and the base64 of 24 to 64 bytes (`couch-hookd secret` prints a new one), got a text that is not base64
+                secret: secret 2 of 2: expected base64 after `whsec_`, got 6 characters that are not; `couch-hookd secret` prints a new one
             "header.content-type = c4n4ry"
                 header.content-type: the header `content-type` is set by couch-hookd itself
             "header.webhook-id = c4n4ry"
