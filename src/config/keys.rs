@@ -112,7 +112,7 @@ pub const KEYS: &[Key] = &[
         "couchdb_url",
         Kind::Url,
         "http://127.0.0.1:5984",
-        "Where CouchDB is. Without it: found from `[chttpd]` or `[httpd]`, under `[os_daemons]` always.",
+        "Where CouchDB is. Under `[os_daemons]` leave it out: found from `[chttpd]` or `[httpd]`.",
     ),
     optional(hookd("username", Kind::Text, "hookd", "Login at CouchDB.")),
     optional(hookd("password", Kind::Secret, "/etc/couch-hookd/password", "Its password.")),
@@ -208,7 +208,7 @@ pub const KEYS: &[Key] = &[
         "secret",
         Kind::SigningSecrets,
         "/etc/couch-hookd/orders.secret",
-        "Signing secret `whsec_…`; several, newest first, are separated by commas, and every one signs.",
+        "Signing secret `whsec_...`; several, newest first, are separated by commas, and every one signs.",
     )),
     optional(webhook("header.*", Kind::Secret, "blue", "An extra request header: `header.x-tenant = blue`.")),
     webhook("format", Kind::Word(&["standard"]), "standard", "Shape of the payload."),
@@ -283,7 +283,7 @@ impl fmt::Display for Kind {
             Kind::JsonObject => f.write_str("JSON object"),
             Kind::JsonStrings => f.write_str("JSON array of strings"),
             Kind::DesignFunction => f.write_str("`DDOC/NAME`"),
-            Kind::SigningSecrets => f.write_str("`whsec_…`, by commas, secret"),
+            Kind::SigningSecrets => f.write_str("`whsec_...`, by commas, secret"),
         }
     }
 }

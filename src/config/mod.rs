@@ -11,6 +11,11 @@ pub mod source;
 mod values;
 mod webhook;
 
+#[cfg(test)]
+mod source_tests;
+#[cfg(test)]
+mod tests;
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
 use std::time::Duration;
@@ -52,7 +57,8 @@ fn looks_ours(section: &str) -> bool {
     ["hookd", "couch_hookd", "couch-hookd"].iter().any(|name| lower.starts_with(name))
 }
 
-/// Makes a configuration of sections, and says everything that is wrong with them, in the order of places.
+/// Makes a configuration of sections, and says everything that is wrong with them: first what was found while
+/// reading, then `[hookd]`, the list, each webhook by name, and sections that belong to none.
 ///
 /// An error in a webhook's section holds back that webhook alone; any other error leaves no `config` at all.
 /// Reads no file and asks nobody: whether URLs answer and databases exist is left to `check`.
@@ -119,7 +125,7 @@ fn listed<'a>(raw: &'a Raw, findings: &mut Vec<Finding>) -> BTreeMap<&'a str, &'
             listed.insert(name.as_str(), value);
         } else {
             let message = "expected a name of up to 40 lower-case letters, digits, `-` and `_` that begins with a \
-                letter or digit, and in front of `=`";
+                letter or digit";
             findings.push(Finding::error(Some(name), place, message));
         }
     }
@@ -148,8 +154,10 @@ fn unlisted_sections(raw: &Raw, listed: &BTreeMap<&str, &Value>, findings: &mut 
         let fixed = keys::nearest_of(&lower, ["hookd", "hookd.webhooks"], 2).filter(|_| exact.is_none());
         findings.push(match (meant, fixed) {
             (Some(meant), _) => {
-                let message =
-                    format!("belongs to no listed webhook; the nearest section is [hookd.webhook.{meant}]");
+                let message = format!(
+                    "belongs to no listed webhook; the nearest section is [hookd.webhook.{meant}], and `{meant}` is held \
+                     back: without its section it might tell everything"
+                );
                 Finding::error(Some(meant), place, message)
             }
             (None, Some(fixed)) if !lower.starts_with("hookd.webhook.") => {

@@ -101,11 +101,18 @@ pub fn from_sections(
     raw
 }
 
-fn load_or(sources: &Sources, default: &Path) -> Raw {
+/// As [`load`], with another default path.
+pub(crate) fn load_or(sources: &Sources, default: &Path) -> Raw {
     let mut raw = Raw::default();
     let default = [default.to_path_buf()];
     let config: &[PathBuf] = match &sources.config[..] {
         [] if !sources.overrides.is_empty() && !default[0].exists() => &[],
+        [] if !default[0].exists() => {
+            let message =
+                "there is no such file: expected it, or `--config`, `--set`, or COUCH_HOOKD_ variables";
+            raw.findings.push(Finding::error(None, default[0].display().to_string(), message));
+            &[]
+        }
         [] => &default,
         given => given,
     };
@@ -159,7 +166,7 @@ fn ini_files_in(directory: &Path, findings: &mut Vec<Finding>) -> Vec<PathBuf> {
 fn read_ini(path: &Path, raw: &mut Raw) {
     let text = match read_bounded(path, INI_BYTES_MAX) {
         Ok((text, _)) => text,
-        Err(why) => return raw.findings.push(Finding::error(None, path.display().to_string(), why)),
+        Err(why) => return raw.findings.push(Finding::error(None, "configuration", why)),
     };
     let (entries, found) = ini::parse(&text, Dialect::Since3_3);
     for finding in found {

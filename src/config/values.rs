@@ -5,12 +5,10 @@
 
 use std::time::Duration;
 
-use base64::Engine;
-use base64::alphabet;
-use base64::engine::{DecodePaddingMode, GeneralPurpose, GeneralPurposeConfig};
 use serde_json::Value as Json;
 
 use crate::config::keys;
+use crate::pure::signature::Key;
 
 /// As much of a text as an error may show: 40 characters, and none of one that looks like a secret put into
 /// the wrong key.
@@ -45,11 +43,7 @@ pub(crate) fn duration(text: &str, min: Duration, max: Duration) -> Result<Durat
         "s" => 1000,
         "m" => 60_000,
         "h" => 3_600_000,
-        "" if digits > 0 && number.parse::<u64>().is_ok() => {
-            let with_unit =
-                if number == "0" { "`0s`".to_owned() } else { format!("`{number}s` or `{number}ms`") };
-            return Err(format!("expected a duration with its unit, got `{number}`; write {with_unit}"));
-        }
+        "" if digits > 0 => return Err(bare_number(number, min, max)),
         _ => {
             return Err(format!(
                 "expected a duration such as `500ms`, `5s`, `2m` or `1h`, got `{}`",
@@ -70,6 +64,24 @@ pub(crate) fn duration(text: &str, min: Duration, max: Duration) -> Result<Durat
         return Err(format!("expected a duration from `{min}` to `{max}`, got `{}`", shown(text)));
     }
     Ok(duration)
+}
+
+/// A number without unit: which units would do.
+fn bare_number(number: &str, min: Duration, max: Duration) -> String {
+    let fits = |ms_per_unit: u64| {
+        let ms = number.parse().ok().and_then(|number: u64| number.checked_mul(ms_per_unit));
+        ms.is_some_and(|ms| (min..=max).contains(&Duration::from_millis(ms)))
+    };
+    let units = [("s", 1000), ("ms", 1), ("m", 60_000)].into_iter().filter(|(_, ms)| fits(*ms)).take(2);
+    let write: Vec<String> = units.map(|(unit, _)| format!("`{number}{unit}`")).collect();
+    if write.is_empty() {
+        let (min, max) = (keys::short(min), keys::short(max));
+        return format!(
+            "expected a duration with its unit, from `{min}` to `{max}`, got `{}`",
+            shown(number)
+        );
+    }
+    format!("expected a duration with its unit, got `{number}`; write {}", write.join(" or "))
 }
 
 /// The most steps of a `retry_schedule`.
@@ -118,7 +130,10 @@ pub(crate) fn size(text: &str, min: u64, max: u64) -> Result<u64, String> {
         "KiB" => 1 << 10,
         "MiB" => 1 << 20,
         "" if digits > 0 => {
-            return Err(format!("{expected}, got `{}`; write `{}B` for bytes", shown(text), shown(number)));
+            let write = number
+                .parse()
+                .map_or_else(|_| "with `B`".to_owned(), |n| format!("`{}`", keys::short_size(n)));
+            return Err(format!("{expected}, got `{}`; write {write}", shown(text)));
         }
         "KB" | "kB" | "K" | "k" if digits > 0 => {
             return Err(format!("{expected}, got `{}`; write `{}KiB`", shown(text), shown(number)));
@@ -264,7 +279,7 @@ fn json(text: &str, expected: &str) -> Result<Json, String> {
     serde_json::from_str(text).map_err(|error| {
         if error.is_eof() {
             format!(
-                "expected {expected}, got one that ends in the middle; it looks cut at ` ;`, which begins a comment: \
+                "expected {expected}, got one that ends in the middle; it looks as if cut at ` ;`, which begins a comment: \
                  write \\u003b for the semicolon"
             )
         } else {
@@ -326,25 +341,11 @@ pub(crate) fn json_strings(text: &str) -> Result<Vec<String>, String> {
     strings.collect()
 }
 
-/// Padding may be left out, as Standard Webhooks libraries differ on it.
-const BASE64: GeneralPurpose = GeneralPurpose::new(
-    &alphabet::STANDARD,
-    GeneralPurposeConfig::new().with_decode_padding_mode(DecodePaddingMode::Indifferent),
-);
-
-/// Checks one `whsec_…` without ever showing it.
-///
-/// Source: Standard Webhooks 1.0.0, "Signature scheme": 24 to 64 bytes, base64.
+/// Checks one `whsec_...` by the signer's own rules, without ever showing it.
 pub(crate) fn signing_secret(text: &str) -> Result<(), String> {
-    let expected =
-        "expected `whsec_` and the base64 of 24 to 64 bytes (`couch-hookd secret` prints a new one)";
-    let Some(base64) = text.strip_prefix("whsec_") else {
-        return Err(format!("{expected}, got a text that does not begin with `whsec_`"));
-    };
-    match BASE64.decode(base64) {
-        Ok(bytes) if (24..=64).contains(&bytes.len()) => Ok(()),
-        Ok(bytes) => Err(format!("{expected}, got {} bytes", bytes.len())),
-        Err(_) => Err(format!("{expected}, got a text that is not base64")),
+    match Key::parse(text) {
+        Ok(_) => Ok(()),
+        Err(why) => Err(format!("{why}; `couch-hookd secret` prints a new one")),
     }
 }
 
