@@ -10,7 +10,8 @@ use http::Method;
 use serde::Deserialize;
 use serde_json::value::RawValue;
 
-use crate::couch::client::{Generation, Limits, Reply, Server, Written, db_path, from_json};
+use crate::couch::client::{Generation, Limits, Reply, Server, Written, db_path};
+use crate::couch::refusal::from_json;
 use crate::error::{Context, Error, Kind, Result};
 use crate::pure::checkpoint::{CHECKPOINT_BYTES_MAX, Checkpoint, Mark, StateKey, checkpoint_id};
 use crate::pure::seq::Seq;

@@ -2,6 +2,8 @@
 
 pub mod changes;
 pub mod checkpoint;
+pub mod excerpt;
 pub mod login;
+mod scan;
 pub mod secret;
 pub mod seq;
