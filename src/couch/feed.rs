@@ -134,7 +134,7 @@ impl Feed {
         let mut incoming = self
             .line
             .request(&method, &path, body.as_deref(), limits)
-            .or_else(|error| Err(self.explain(error, request)))?;
+            .map_err(|error| self.explain(error, request))?;
         let shape = match request.kind {
             FeedKind::Page { .. } => Shape::Page,
             FeedKind::Continuous { .. } => Shape::Lines,
@@ -165,23 +165,26 @@ impl Feed {
 
     /// Finds out what a refusal means.
     fn explain(&self, error: Error, request: &FeedRequest) -> Error {
-        let cause = error.cause();
-        let is_bad_since = match error.kind() {
-            // 1.x and the backend port of 2.x: `list_to_integer` of what is none.
-            Kind::Server => {
-                cause.ends_with(": badarg") && request.since.as_since().bytes().any(|b| !b.is_ascii_digit())
+        let since = request.since.as_since();
+        match error.kind() {
+            // 1.x and the backend port of 2.x: `list_to_integer` of what is no integer.
+            Kind::Server if error.cause().ends_with(": badarg") && !is_integer(&since) => {
+                Error::new(Kind::BadSince, error.cause())
             }
             Kind::NotFound => {
-                return match self.server.request(&Method::GET, &db_path(&request.db, &[]), None, &[]) {
+                match self.server.request(&Method::GET, &db_path(&request.db, &[]), None, &[]) {
                     // The database is there: the design document or the filter is not.
-                    Ok(_) => Error::new(Kind::BadRequest, cause),
+                    Ok(_) => Error::new(Kind::BadRequest, error.cause()),
                     Err(gone) => gone,
-                };
+                }
             }
-            _ => false,
-        };
-        if is_bad_since { Error::new(Kind::BadSince, cause) } else { error }
+            _ => error,
+        }
     }
+}
+
+fn is_integer(since: &str) -> bool {
+    since.bytes().all(|byte| byte.is_ascii_digit())
 }
 
 /// Takes a fault and what follows it out of the items.
