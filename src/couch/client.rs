@@ -16,6 +16,7 @@ use serde::Deserialize;
 use serde::de::DeserializeOwned;
 
 use crate::config;
+use crate::couch::refusal::{Refusal, from_json, login_verdict};
 use crate::error::{Context, Error, Kind, Result};
 use crate::pure::login::{Login, Turn, Verdict};
 use crate::sys;
@@ -577,15 +578,6 @@ struct Answer {
     silence: Option<Duration>,
 }
 
-/// What an answer other than 2xx says.
-struct Refusal {
-    kind: Kind,
-    /// `404 not_found: missing`.
-    text: String,
-    /// CouchDB's `reason`; empty when the answer is not CouchDB's.
-    reason: String,
-}
-
 impl Answer {
     fn status(&self) -> u16 {
         self.response.status().as_u16()
@@ -613,72 +605,20 @@ impl Answer {
 
     /// Reads the body of an answer other than 2xx. The status is news even when the body does not come.
     fn refusal(mut self) -> Refusal {
-        #[derive(Deserialize)]
-        struct Body {
-            error: String,
-            #[serde(default)]
-            reason: serde_json::Value,
-        }
         let mut body = Vec::new();
         let read = self.response.body_mut().as_reader().take(ERROR_BYTES_MAX).read_to_end(&mut body);
-        let status = self.status();
-        if let (Ok(_), Ok(Body { error, reason })) = (read, serde_json::from_slice::<Body>(&body)) {
-            let reason = reason.as_str().map_or_else(|| reason.to_string(), str::to_owned);
-            let text = format!("{status} {error}: {}", shown(reason.as_bytes(), 300));
-            return Refusal { kind: kind_of(status, &reason), text, reason };
+        if read.is_err() {
+            body.clear();
         }
-        let kind = match kind_of(status, "") {
-            // A proxy's word counts where it speaks of itself, not where it would speak of documents.
-            kind @ (Kind::Server | Kind::Unauthorized) => kind,
-            _ => Kind::Malformed,
-        };
-        let text = format!("{status}, expected CouchDB's JSON, got `{}`", shown(&body, 60));
-        Refusal { kind, text, reason: String::new() }
-    }
-}
-
-fn kind_of(status: u16, reason: &str) -> Kind {
-    match status {
-        401 if speaks_of_rights(reason) => Kind::Forbidden,
-        401 => Kind::Unauthorized,
-        403 if reason.contains("locked") => Kind::Locked,
-        403 => Kind::Forbidden,
-        404 => Kind::NotFound,
-        409 | 412 => Kind::Conflict,
-        408 | 425 | 429 => Kind::Server,
-        400..=499 => Kind::BadRequest,
-        500..=599 => Kind::Server,
-        _ => Kind::Malformed,
-    }
-}
-
-/// CouchDB answers 401, not 403, when a good login has no rights: `You are not a server admin.`,
-/// `You are not authorized to access this db.`, `You are not a db or server admin.`
-fn speaks_of_rights(reason: &str) -> bool {
-    reason.starts_with("You are not ") && reason != "You are not an authenticated user"
-}
-
-/// What an answer other than 2xx says about the login, if anything. A 401 in other words than CouchDB's may come
-/// from a filter function of somebody's; a 401 to `GET /` cannot.
-fn login_verdict(status: u16, refusal: &Refusal, path: &str) -> Option<Verdict> {
-    match (status, refusal.kind) {
-        (_, Kind::Locked) => Some(Verdict::Refused),
-        (_, Kind::Unauthorized) if refusal.reason == "Name or password is incorrect." || path == "/" => {
-            Some(Verdict::Refused)
-        }
-        (_, Kind::Unauthorized) => Some(Verdict::Doubtful),
-        (400..=499, Kind::Malformed) => None,
-        (400..=499, _) => Some(Verdict::Accepted),
-        _ => None,
+        Refusal::new(self.status(), &body)
     }
 }
 
 fn transport_error(error: ureq::Error, silence: Option<Duration>) -> Error {
     match error {
-        ureq::Error::Timeout(ureq::Timeout::PerRead) => Error::new(
-            Kind::Timeout,
-            format!("no byte for {} s", silence.unwrap_or(SILENCE).as_secs_f32().round()),
-        ),
+        ureq::Error::Timeout(ureq::Timeout::PerRead) => {
+            Error::new(Kind::Timeout, format!("no byte for {} s", silence.unwrap_or(SILENCE).as_secs_f64()))
+        }
         ureq::Error::Timeout(timeout) => Error::new(Kind::Timeout, format!("timeout ({timeout})")),
         ureq::Error::Io(error) => {
             let text = error.to_string();
@@ -703,22 +643,6 @@ fn generation(version: &str) -> Generation {
         Some(2) => Generation::Two,
         _ => Generation::Three,
     }
-}
-
-/// Reads a JSON body.
-///
-/// # Errors
-/// `Malformed`, with the first characters of what came instead.
-pub fn from_json<T: DeserializeOwned>(body: &[u8]) -> Result<T> {
-    serde_json::from_slice(body).map_err(|error| {
-        Error::new(Kind::Malformed, format!("expected CouchDB's JSON, got `{}`: {error}", shown(body, 60)))
-    })
-}
-
-/// The first characters of a text for an error, on one line.
-fn shown(text: &[u8], n_chars: usize) -> String {
-    let head = &text[..text.len().min(4 * n_chars)];
-    String::from_utf8_lossy(head).chars().take(n_chars).flat_map(char::escape_debug).collect()
 }
 
 /// All but RFC 3986's unreserved characters.
@@ -750,3 +674,6 @@ pub fn encoded(text: &str) -> String {
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
+
+#[cfg(test)]
+mod tests;

@@ -134,7 +134,7 @@ impl Feed {
         let mut incoming = self
             .line
             .request(&method, &path, body.as_deref(), limits)
-            .or_else(|error| Err(self.explain(error, request)))?;
+            .map_err(|error| self.explain(error, request))?;
         let shape = match request.kind {
             FeedKind::Page { .. } => Shape::Page,
             FeedKind::Continuous { .. } => Shape::Lines,
@@ -165,24 +165,26 @@ impl Feed {
 
     /// Finds out what a refusal means.
     fn explain(&self, error: Error, request: &FeedRequest) -> Error {
-        let cause = error.cause();
-        let is_bad_since = match error.kind() {
-            Kind::BadRequest => cause.contains("'since'"),
-            // 1.x and the backend port of 2.x: `list_to_integer` of what is none.
-            Kind::Server => {
-                cause.ends_with(": badarg") && request.since.as_since().bytes().any(|b| !b.is_ascii_digit())
+        let since = request.since.as_since();
+        match error.kind() {
+            // 1.x and the backend port of 2.x: `list_to_integer` of what is no integer.
+            Kind::Server if error.cause().ends_with(": badarg") && !is_integer(&since) => {
+                Error::new(Kind::BadSince, error.cause())
             }
             Kind::NotFound => {
-                return match self.server.request(&Method::GET, &db_path(&request.db, &[]), None, &[]) {
+                match self.server.request(&Method::GET, &db_path(&request.db, &[]), None, &[]) {
                     // The database is there: the design document or the filter is not.
-                    Ok(_) => Error::new(Kind::BadRequest, cause),
+                    Ok(_) => Error::new(Kind::BadRequest, error.cause()),
                     Err(gone) => gone,
-                };
+                }
             }
-            _ => false,
-        };
-        if is_bad_since { Error::new(Kind::BadSince, cause) } else { error }
+            _ => error,
+        }
     }
+}
+
+fn is_integer(since: &str) -> bool {
+    since.bytes().all(|byte| byte.is_ascii_digit())
 }
 
 /// Takes a fault and what follows it out of the items.
@@ -272,5 +274,336 @@ pub fn resolve_now(server: &Server, db: &str, generation: Generation) -> Result<
     match page.results.is_empty() {
         true => Seq::from_json(page.last_seq.get()).ok_or_else(|| malformed("last_seq")),
         false => Ok(before),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::net::TcpStream;
+
+    use super::*;
+    use crate::couch::scripted::{Scripted, Seen, recorded, send, send_chunk, send_head, wait_for_hang_up};
+    use crate::sys;
+
+    fn page(since: &str, limit: u32) -> FeedRequest {
+        FeedRequest {
+            db: "a/b".to_owned(),
+            since: Seq::from_json(since).unwrap(),
+            kind: FeedKind::Page { limit },
+            filter: None,
+            include_docs: false,
+            conflicts: false,
+            doc_bytes_max: 1024,
+            silence: Some(Duration::from_secs(10)),
+            deadline: None,
+        }
+    }
+
+    fn open_ended(since: &str) -> FeedRequest {
+        let kind = FeedKind::Continuous { timeout: Duration::from_millis(1500) };
+        FeedRequest { kind, ..page(since, 0) }
+    }
+
+    /// Ids and ends that one request gives, and how it ended.
+    fn read(feed: &mut Feed, request: &FeedRequest) -> (Vec<String>, Result<FeedEnd>) {
+        let mut got = Vec::new();
+        let end = feed.read(request, &mut |items| {
+            for item in items.drain(..) {
+                got.push(match item {
+                    Item::Row(row) => row.id,
+                    Item::End { last_seq, .. } => format!("end {}", last_seq.unwrap_or_else(Seq::zero)),
+                    Item::Fault { .. } => panic!("faults are errors"),
+                });
+            }
+            ControlFlow::Continue(())
+        });
+        (got, end)
+    }
+
+    fn check_target(request: FeedRequest, path: &str, body: Option<&str>) {
+        assert_eq!(target(&request), (path.to_owned(), body.map(str::to_owned)));
+    }
+
+    #[test]
+    fn what_is_asked() {
+        check_target(page("\"4-g+\"", 0), "/a%2Fb/_changes?since=4-g%2B&feed=normal&limit=1", None);
+        check_target(
+            FeedRequest { include_docs: true, ..open_ended("0") },
+            "/a%2Fb/_changes?since=0&feed=continuous&timeout=1500&include_docs=true",
+            None,
+        );
+        check_target(
+            FeedRequest { conflicts: true, ..page("7", 9) },
+            "/a%2Fb/_changes?since=7&feed=normal&limit=9&include_docs=true&conflicts=true&style=all_docs",
+            None,
+        );
+        let filtered = |filter| FeedRequest { filter: Some(filter), ..page("7", 9) };
+        let start = "/a%2Fb/_changes?since=7&feed=normal&limit=9";
+        check_target(
+            filtered(config::Filter::Selector("{\"a\":1.0}".to_owned())),
+            &format!("{start}&filter=_selector"),
+            Some("{\"selector\":{\"a\":1.0}}"),
+        );
+        check_target(
+            filtered(config::Filter::DocIds(vec!["x\"".to_owned()])),
+            &format!("{start}&filter=_doc_ids"),
+            Some("{\"doc_ids\":[\"x\\\"\"]}"),
+        );
+        check_target(
+            filtered(config::Filter::View("d/v".to_owned())),
+            &format!("{start}&filter=_view&view=d%2Fv"),
+            None,
+        );
+        let params = vec![("k&".to_owned(), "\"v\"".to_owned())];
+        check_target(
+            filtered(config::Filter::Function { name: "d/f".to_owned(), params }),
+            &format!("{start}&filter=d%2Ff&k%26=%22v%22"),
+            None,
+        );
+    }
+
+    #[test]
+    fn recorded_pages_and_lines_are_read() {
+        for version in ["1.7.1", "2.2.0", "3.5.0"] {
+            let scripted = Scripted::start(move |seen, stream| {
+                let name = match seen.path.contains("continuous") {
+                    true => "changes_continuous_timeout",
+                    false => "changes_normal_docs_conflicts",
+                };
+                send_head(stream);
+                for line in recorded(version, name).1.split_inclusive('\n') {
+                    send_chunk(stream, line);
+                }
+                send_chunk(stream, "");
+            });
+            let mut feed = Feed::new(&scripted.server(None));
+            for request in [page("0", 100), open_ended("0")] {
+                let (got, end) = read(&mut feed, &request);
+                assert_eq!(end.unwrap(), FeedEnd::Complete);
+                assert_eq!(got.len(), 8, "{version}: {got:?}");
+                assert!(got[7].starts_with("end "), "{got:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn rows_come_at_once_and_a_blocked_read_can_be_closed() {
+        let scripted = Scripted::start(|seen, stream| {
+            if seen.path.contains("normal") {
+                return send(stream, 200, "{\"results\":[],\"last_seq\":1}");
+            }
+            send_head(stream);
+            send_chunk(stream, "{\"seq\":1,\"id\":\"a\",\"changes\":[]}\n{\"seq\":2,\"id\":\"b\",\"cha");
+            wait_for_hang_up(stream);
+        });
+        let mut feed = Feed::new(&scripted.server(None));
+        let closer = feed.closer();
+        let (row_came, rows) = crossbeam_channel::bounded(1);
+        let thread = sys::spawn("test", move || {
+            rows.recv().unwrap();
+            closer.close();
+        })
+        .unwrap();
+        let mut ids = Vec::new();
+        let end = feed.read(&open_ended("0"), &mut |items| {
+            ids.extend(items.drain(..).map(|item| matches!(item, Item::Row(row) if row.id == "a")));
+            row_came.send(()).unwrap();
+            ControlFlow::Continue(())
+        });
+        assert_eq!((end.unwrap(), ids), (FeedEnd::Closed, vec![true]));
+        thread.join().unwrap();
+        let (got, end) = read(&mut feed, &page("0", 5));
+        assert_eq!(
+            (got, end.unwrap()),
+            (vec!["end 1".to_owned()], FeedEnd::Complete),
+            "a closed feed goes on"
+        );
+        feed.closer().close();
+        assert_eq!(read(&mut feed, &page("0", 5)).1.unwrap(), FeedEnd::Closed, "closed before it was made");
+        assert_eq!(read(&mut feed, &page("0", 5)).1.unwrap(), FeedEnd::Complete);
+        assert_eq!(scripted.asked().len(), 3);
+    }
+
+    #[test]
+    fn stopping_the_server_ends_its_feeds_for_good() {
+        let (arrived, arrivals) = crossbeam_channel::bounded(1);
+        let scripted = Scripted::start(move |_, stream| {
+            send_head(stream);
+            arrived.send(()).unwrap();
+            wait_for_hang_up(stream);
+        });
+        let server = scripted.server(None);
+        let mut feed = Feed::new(&server);
+        let thread = sys::spawn("test", move || {
+            arrivals.recv().unwrap();
+            server.stop();
+        })
+        .unwrap();
+        assert_eq!(read(&mut feed, &open_ended("0")).1.unwrap_err().kind(), Kind::Stopped);
+        assert_eq!(read(&mut feed, &open_ended("0")).1.unwrap_err().kind(), Kind::Stopped);
+        thread.join().unwrap();
+    }
+
+    #[test]
+    fn the_receiver_can_break_off() {
+        let scripted = Scripted::start(|_, stream| {
+            send_head(stream);
+            send_chunk(stream, "{\"seq\":1,\"id\":\"a\",\"changes\":[]}\n");
+            wait_for_hang_up(stream);
+        });
+        let mut feed = Feed::new(&scripted.server(None));
+        let end = feed.read(&open_ended("0"), &mut |_| ControlFlow::Break(()));
+        assert_eq!(end.unwrap(), FeedEnd::BrokenOff);
+    }
+
+    /// What is handed over, and the error.
+    fn check_fault(
+        request: &FeedRequest,
+        answer: impl Fn(&Seen, &mut TcpStream) + Send + Sync + 'static,
+        expected: (&[&str], Kind, &str),
+    ) {
+        let scripted = Scripted::start(answer);
+        let (got, end) = read(&mut Feed::new(&scripted.server(None)), request);
+        let error = end.unwrap_err();
+        assert_eq!(
+            (got.as_slice(), error.kind()),
+            (expected.0.map_to_strings().as_slice(), expected.1),
+            "{error}"
+        );
+        assert!(error.to_string().starts_with("failed to read changes since `"), "{error}");
+        assert!(error.to_string().contains(expected.2), "{error}");
+    }
+
+    trait Strings {
+        fn map_to_strings(&self) -> Vec<String>;
+    }
+
+    impl Strings for &[&str] {
+        fn map_to_strings(&self) -> Vec<String> {
+            self.iter().map(|text| (*text).to_owned()).collect()
+        }
+    }
+
+    /// Answers feeds with a recorded refusal, and `GET /DB` with a status.
+    fn refuse(
+        version: &'static str,
+        name: &'static str,
+        db_status: u16,
+    ) -> impl Fn(&Seen, &mut TcpStream) + Send + Sync {
+        move |seen, stream| {
+            if seen.path == "/a%2Fb" {
+                let body = r#"{"error":"not_found","reason":"no_db_file"}"#;
+                return send(stream, db_status, body);
+            }
+            let (status, body) = recorded(version, name);
+            send(stream, status, &body);
+        }
+    }
+
+    #[test]
+    fn refusals_are_told_apart() {
+        for version in ["1.7.1", "2.2.0", "3.5.0"] {
+            let missing = if version == "1.7.1" { "no_db_file" } else { "" };
+            let gone = (&[] as &[&str], Kind::NotFound, missing);
+            check_fault(&page("1", 5), refuse(version, "changes_no_db", 404), gone);
+            check_fault(
+                &page("1", 5),
+                refuse(version, "changes_filter_missing", 200),
+                (&[], Kind::BadRequest, "404 not_found: missing json key: nope"),
+            );
+            check_fault(
+                &page("\"garbage\"", 5),
+                refuse(version, "changes_since_garbage", 200),
+                (&[], Kind::BadSince, "since `garbage`"),
+            );
+        }
+        check_fault(
+            &page("17", 5),
+            refuse("1.7.1", "changes_since_garbage", 200),
+            (&[], Kind::Server, "500 unknown_error: badarg"),
+        );
+        check_fault(
+            &page("1", 5),
+            refuse("1.7.1", "changes_selector", 200),
+            (&[], Kind::BadRequest, "unknown builtin filter name"),
+        );
+    }
+
+    #[test]
+    fn a_fault_within_an_answer_ends_it_after_the_rows_before_it() {
+        let fault = |_: &Seen, stream: &mut TcpStream| {
+            send_head(stream);
+            send_chunk(
+                stream,
+                "{\"seq\":1,\"id\":\"a\",\"changes\":[]}\n{\"error\":\"TypeError\",\"reason\":\"x is undefined\"}\n",
+            );
+            wait_for_hang_up(stream);
+        };
+        check_fault(&open_ended("0"), fault, (&["a"], Kind::Server, "TypeError: x is undefined"));
+        let bad_row = |_: &Seen, stream: &mut TcpStream| {
+            send(
+                stream,
+                200,
+                "{\"results\":[{\"seq\":1,\"id\":\"a\",\"changes\":[]},{\"id\":\"b\"}],\"last_seq\":2}",
+            );
+        };
+        check_fault(&page("0", 5), bad_row, (&["a"], Kind::Malformed, "row `b`"));
+    }
+
+    #[test]
+    fn answers_that_end_early_are_errors() {
+        let cut = |text: &'static str, is_ended: bool| {
+            move |_: &Seen, stream: &mut TcpStream| {
+                send_head(stream);
+                send_chunk(stream, text);
+                if is_ended {
+                    send_chunk(stream, "");
+                }
+            }
+        };
+        let row = "{\"results\":[{\"seq\":1,\"id\":\"a\",\"changes\":[]}";
+        check_fault(&page("0", 5), cut(row, false), (&["a"], Kind::Unreachable, "disconnected"));
+        check_fault(&page("0", 5), cut(row, true), (&["a"], Kind::Malformed, "in the middle of a page"));
+        let line = "{\"seq\":1,\"id\":\"a\",\"changes\":[]}\n";
+        check_fault(&open_ended("0"), cut(line, false), (&["a"], Kind::Unreachable, "disconnected"));
+        let nothing = |_: &Seen, _: &mut TcpStream| {};
+        check_fault(&page("0", 5), nothing, (&[], Kind::Unreachable, "disconnected"));
+        let html = |_: &Seen, stream: &mut TcpStream| send(stream, 200, "<html>hello");
+        check_fault(&page("0", 5), html, (&[], Kind::Malformed, "got `<html>hello`"));
+    }
+
+    #[test]
+    fn silence_is_limited_where_asked() {
+        let silent = |_: &Seen, stream: &mut TcpStream| {
+            send_head(stream);
+            send_chunk(stream, "\n");
+            wait_for_hang_up(stream);
+        };
+        let short = Some(Duration::from_millis(50));
+        let request = FeedRequest { silence: short, ..open_ended("0") };
+        check_fault(&request, silent, (&[], Kind::Timeout, "no byte for 0.05 s"));
+        let request = FeedRequest { silence: None, deadline: short, ..open_ended("0") };
+        check_fault(&request, silent, (&[], Kind::Timeout, "timeout (global)"));
+    }
+
+    #[test]
+    fn now_is_before_every_row_that_is_not_told() {
+        let check = |generation, changes: &'static str, expected: &str, n_asked| {
+            let scripted = Scripted::start(move |seen, stream| match seen.path.as_str() {
+                "/a%2Fb" => send(stream, 200, "{\"update_seq\":\"7-x\"}"),
+                "/a%2Fb/_changes?since=now&limit=1" => send(stream, 200, changes),
+                _ => send(stream, 400, "{}"),
+            });
+            let now = resolve_now(&scripted.server(None), "a/b", generation).unwrap();
+            assert_eq!(now.as_json(), expected);
+            assert_eq!(scripted.asked().len(), n_asked);
+        };
+        let calm = "{\"results\":[],\"last_seq\":\"9-x\"}";
+        let row = "{\"results\":[{\"seq\":\"10-x\",\"id\":\"a\",\"changes\":[]}],\"last_seq\":\"10-x\"}";
+        check(Generation::One, calm, "\"7-x\"", 1);
+        check(Generation::Two, calm, "\"9-x\"", 2);
+        check(Generation::Three, calm, "\"9-x\"", 2);
+        check(Generation::Two, row, "\"7-x\"", 2);
+        check(Generation::Three, row, "\"7-x\"", 2);
     }
 }

@@ -10,7 +10,8 @@ use http::Method;
 use serde::Deserialize;
 use serde_json::value::RawValue;
 
-use crate::couch::client::{Generation, Limits, Reply, Server, Written, db_path, from_json};
+use crate::couch::client::{Generation, Limits, Reply, Server, Written, db_path};
+use crate::couch::refusal::from_json;
 use crate::error::{Context, Error, Kind, Result};
 use crate::pure::checkpoint::{CHECKPOINT_BYTES_MAX, Checkpoint, Mark, StateKey, checkpoint_id};
 use crate::pure::seq::Seq;
@@ -83,19 +84,17 @@ pub fn open(
     let read = read_checkpoint(server, db, webhook, key)?;
     let was_marked = known_mark.is_some() || read.exists;
     let (mark, is_new_life) = settle_mark(server, db, stored, created, was_marked, pause)?;
+    let is_of_another_life = read.checkpoint.as_ref().is_some_and(|checkpoint| checkpoint.mark != mark);
     let mut opened = Opened {
         mark,
-        checkpoint: read.checkpoint,
+        checkpoint: read.checkpoint.filter(|_| !is_of_another_life),
         checkpoint_rev: read.rev,
-        recreated: is_new_life || known_mark.is_some_and(|known| *known != mark),
+        // Who knows the mark has heard of the re-creation; the old checkpoint is only not yet written over.
+        recreated: is_new_life || known_mark.map_or(is_of_another_life, |known| *known != mark),
         not_believed: read.not_believed,
         rolled_back: false,
         doc_count: info.doc_count,
     };
-    if opened.checkpoint.as_ref().is_some_and(|checkpoint| checkpoint.mark != mark) {
-        opened.checkpoint = None;
-        opened.recreated = true;
-    }
     if let Some(checkpoint) = &opened.checkpoint
         && generation == Generation::One
         && is_behind(&info, &checkpoint.through_seq)
@@ -293,4 +292,333 @@ fn is_behind(info: &Info, through_seq: &Seq) -> bool {
 
 fn local_path(db: &str, id: &str) -> String {
     db_path(db, &["_local", id])
+}
+
+#[cfg(test)]
+mod tests {
+    use std::cell::Cell;
+    use std::collections::HashMap;
+    use std::sync::{Arc, Mutex};
+
+    use serde_json::{Value, json};
+
+    use super::*;
+    use crate::couch::scripted::{Scripted, send};
+    use crate::pure::checkpoint::DeliveredId;
+
+    /// One database with `_local` documents and nothing else.
+    struct Fake {
+        /// `GET /DB`; `null` = there is none.
+        info: Value,
+        docs: HashMap<String, (u32, Value)>,
+        /// 1.x refuses a wrong `_rev`; 2.x and 3.x take anything.
+        checks_revs: bool,
+        /// Reads of a mark that miss it.
+        n_missed: u32,
+    }
+
+    struct World {
+        fake: Arc<Mutex<Fake>>,
+        server: Server,
+        generation: Generation,
+        n_pauses: Cell<u32>,
+    }
+
+    const MARK: &str = "/db/_local/couch-hookd";
+    const CHECKPOINT: &str = "/db/_local/couch-hookd.shop";
+
+    impl World {
+        fn new(generation: Generation) -> World {
+            let fake = Arc::new(Mutex::new(Fake {
+                info: json!({"doc_count": 5, "update_seq": 9, "instance_start_time": "0"}),
+                docs: HashMap::new(),
+                checks_revs: generation == Generation::One,
+                n_missed: 0,
+            }));
+            let state = Arc::clone(&fake);
+            let scripted = Scripted::start(move |seen, stream| {
+                let (status, body) = state.lock().unwrap().answer(&seen.method, &seen.path, &seen.body);
+                send(stream, status, &body.to_string());
+            });
+            World { fake, server: scripted.server(None), generation, n_pauses: Cell::new(0) }
+        }
+
+        fn open_knowing(&self, known: Option<Mark>) -> Result<Opened> {
+            let pause = |time: Duration| {
+                assert_eq!(time, Duration::from_secs(1));
+                self.n_pauses.set(self.n_pauses.get() + 1);
+            };
+            open(&self.server, self.generation, "db", "shop", &key(), known.as_ref(), &pause)
+        }
+
+        fn open(&self) -> Opened {
+            self.open_knowing(None).unwrap()
+        }
+
+        fn write(&self, mark: Mark, seq: &str, rev: Option<&str>) -> Result<String> {
+            let checkpoint = Checkpoint {
+                through_seq: Seq::from_json(seq).unwrap(),
+                mark,
+                delivered: vec![DeliveredId(1)],
+                time: "2026-11-21T20:46:41Z".parse().unwrap(),
+                version: "0.1.0".to_owned(),
+            };
+            write_checkpoint(&self.server, "db", "shop", &key(), &checkpoint, rev)
+        }
+
+        /// Deleted and made anew: nothing is left of it.
+        fn recreate(&self) {
+            self.fake.lock().unwrap().docs.clear();
+        }
+
+        fn stored(&self, path: &str) -> Value {
+            self.fake.lock().unwrap().docs[path].1.clone()
+        }
+
+        fn set(&self, path: &str, body: Value) {
+            self.fake.lock().unwrap().docs.insert(path.to_owned(), (1, body));
+        }
+
+        fn set_info(&self, name: &str, value: Value) {
+            self.fake.lock().unwrap().info[name] = value;
+        }
+    }
+
+    impl Fake {
+        fn answer(&mut self, method: &str, path: &str, body: &str) -> (u16, Value) {
+            let missing = (404, json!({"error": "not_found", "reason": "missing"}));
+            if self.info.is_null() {
+                return missing;
+            }
+            match (method, path) {
+                ("GET", "/db") => (200, self.info.clone()),
+                ("GET", MARK) if self.n_missed > 0 => {
+                    self.n_missed -= 1;
+                    missing
+                }
+                ("GET", path) => match self.docs.get(path) {
+                    None => missing,
+                    Some((rev, body)) => {
+                        let mut body = body.clone();
+                        body["_rev"] = format!("0-{rev}").into();
+                        (200, body)
+                    }
+                },
+                ("PUT", path) => {
+                    let body: Value = serde_json::from_str(body).unwrap();
+                    let given = body["_rev"].as_str().map(|rev| rev[2..].parse::<u32>().unwrap());
+                    let stored = self.docs.get(path).map(|(rev, _)| *rev);
+                    if self.checks_revs && given != stored {
+                        return (409, json!({"error": "conflict", "reason": "Document update conflict."}));
+                    }
+                    let rev = given.unwrap_or(0) + 1;
+                    self.docs.insert(path.to_owned(), (rev, body));
+                    (201, json!({"ok": true, "rev": format!("0-{rev}")}))
+                }
+                _ => (405, json!({"error": "method_not_allowed"})),
+            }
+        }
+    }
+
+    fn key() -> StateKey {
+        StateKey::new([7; 32])
+    }
+
+    fn each_generation(check: impl Fn(World)) {
+        for generation in [Generation::One, Generation::Two, Generation::Three] {
+            check(World::new(generation));
+        }
+    }
+
+    #[test]
+    fn a_first_opening_writes_a_mark_and_no_checkpoint() {
+        each_generation(|world| {
+            let opened = world.open();
+            assert_eq!(world.stored(MARK)["mark"], opened.mark.to_string());
+            assert!(opened.checkpoint.is_none() && opened.checkpoint_rev.is_none());
+            assert!(!opened.recreated && !opened.rolled_back && opened.not_believed.is_none());
+            assert_eq!((opened.doc_count, world.n_pauses.get()), (5, 0));
+            assert_eq!(world.open().mark, opened.mark, "the next opening finds it");
+            let ensured = ensure_mark(&world.server, world.generation, "db", &|_| {}).unwrap();
+            assert_eq!(ensured, opened.mark);
+            assert_eq!(world.fake.lock().unwrap().docs.len(), 1);
+        });
+    }
+
+    #[test]
+    fn a_checkpoint_comes_back_with_its_rev() {
+        each_generation(|world| {
+            let mark = world.open().mark;
+            let rev = world.write(mark, "7", None).unwrap();
+            let opened = world.open_knowing(Some(mark)).unwrap();
+            assert_eq!(opened.checkpoint.unwrap().through_seq.as_json(), "7");
+            assert_eq!(opened.checkpoint_rev.as_deref(), Some(rev.as_str()));
+            assert!(!opened.recreated);
+            assert_eq!(world.write(mark, "8", Some(&rev)).unwrap(), "0-2");
+            if world.generation == Generation::One {
+                assert_eq!(world.write(mark, "8", Some(&rev)).unwrap_err().kind(), Kind::Conflict);
+            }
+        });
+    }
+
+    #[test]
+    fn a_recreated_database_is_noticed_by_its_missing_mark() {
+        each_generation(|world| {
+            let mark = world.open().mark;
+            world.recreate();
+            let opened = world.open_knowing(Some(mark)).unwrap();
+            assert!(opened.recreated && opened.mark != mark && opened.checkpoint.is_none());
+            assert_eq!(world.n_pauses.get(), 2, "three reads, a second apart");
+        });
+    }
+
+    #[test]
+    fn an_old_checkpoint_that_was_written_into_a_new_database_does_not_count() {
+        let world = World::new(Generation::Three);
+        let old = world.open().mark;
+        let rev = world.write(old, "7", None).unwrap();
+        world.recreate();
+        // The writer had not heard of it; 2.x and 3.x take a stale `_rev`.
+        let rev = world.write(old, "7", Some(&rev)).unwrap();
+        for known in [None, Some(old)] {
+            let opened = world.open_knowing(known).unwrap();
+            assert!(opened.recreated && opened.mark != old && opened.checkpoint.is_none());
+            assert_eq!(opened.checkpoint_rev.as_deref(), Some(rev.as_str()), "to be written over");
+        }
+        // Once a checkpoint of the new life is stored, only the record is out of date.
+        let new = world.open().mark;
+        world.write(new, "3", Some(&rev)).unwrap();
+        let opened = world.open_knowing(Some(old)).unwrap();
+        assert!(opened.recreated && opened.checkpoint.is_some());
+        assert!(!world.open_knowing(Some(new)).unwrap().recreated);
+    }
+
+    #[test]
+    fn a_copy_that_lags_is_given_two_seconds() {
+        let world = World::new(Generation::Three);
+        let mark = world.open().mark;
+        world.fake.lock().unwrap().n_missed = 2;
+        let opened = world.open_knowing(Some(mark)).unwrap();
+        assert_eq!((opened.mark, opened.recreated, world.n_pauses.get()), (mark, false, 2));
+        world.fake.lock().unwrap().n_missed = 3;
+        let opened = world.open_knowing(Some(mark)).unwrap();
+        assert!(opened.recreated);
+    }
+
+    #[test]
+    fn another_creation_time_is_another_life() {
+        let world = World::new(Generation::Three);
+        let before_upgrade = world.open().mark;
+        let rev = world.write(before_upgrade, "\"7-x\"", None).unwrap();
+        world.set_info("instance_start_time", json!("1795296608"));
+        let opened = world.open_knowing(Some(before_upgrade)).unwrap();
+        assert!(!opened.recreated, "3.2 gave no creation time, 3.3 does: the same database");
+        assert!(opened.checkpoint.is_some());
+
+        world.recreate();
+        let mark = world.open().mark;
+        assert_eq!(world.stored(MARK)["instance_start_time"], "1795296608");
+        world.write(mark, "\"7-x\"", Some(&rev)).unwrap();
+        world.set_info("instance_start_time", json!("1795296609"));
+        let opened = world.open_knowing(Some(mark)).unwrap();
+        assert!(opened.recreated && opened.mark != mark && opened.checkpoint.is_none());
+        assert_eq!(world.n_pauses.get(), 0);
+        assert_eq!(world.stored(MARK)["instance_start_time"], "1795296609");
+        assert!(!world.open_knowing(Some(opened.mark)).unwrap().recreated);
+    }
+
+    #[test]
+    fn times_of_opening_mean_nothing() {
+        for (generation, times) in [
+            (Generation::One, ["1795297002863980", "1795297002863981"]),
+            (Generation::Three, ["1795297002863", "1795297002864"]),
+        ] {
+            let world = World::new(generation);
+            world.set_info("instance_start_time", json!(times[0]));
+            let mark = world.open().mark;
+            world.set_info("instance_start_time", json!(times[1]));
+            let opened = world.open_knowing(Some(mark)).unwrap();
+            assert_eq!((opened.mark, opened.recreated), (mark, false));
+        }
+    }
+
+    #[test]
+    fn forged_and_damaged_checkpoints_are_not_believed() {
+        each_generation(|world| {
+            let mark = world.open().mark;
+            world.write(mark, "3", None).unwrap();
+            let honest = world.stored(CHECKPOINT);
+            let mut forged = honest.clone();
+            forged["through_seq"] = json!(9);
+            let mut long = honest.clone();
+            long["x"] = json!("x".repeat(CHECKPOINT_BYTES_MAX));
+            for (body, why) in
+                [(forged, "does not fit"), (json!({"a": 1}), "not a checkpoint"), (long, "bytes")]
+            {
+                world.set(CHECKPOINT, body);
+                let opened = world.open_knowing(Some(mark)).unwrap();
+                assert!(opened.checkpoint.is_none() && !opened.recreated);
+                assert_eq!(opened.checkpoint_rev.as_deref(), Some("0-1"));
+                assert!(opened.not_believed.unwrap().contains(why));
+            }
+            world.set(CHECKPOINT, honest);
+            assert!(world.open().checkpoint.is_some());
+        });
+    }
+
+    #[test]
+    fn somebody_elses_mark_is_replaced() {
+        each_generation(|world| {
+            world.set(MARK, json!({"mark": "hello"}));
+            let opened = world.open();
+            assert_eq!(world.stored(MARK)["mark"], opened.mark.to_string());
+            assert!(!world.open_knowing(Some(opened.mark)).unwrap().recreated);
+        });
+    }
+
+    #[test]
+    fn a_server_that_went_back_is_noticed_on_1_x() {
+        let world = World::new(Generation::One);
+        let mark = world.open().mark;
+        world.write(mark, "9", None).unwrap();
+        assert!(!world.open().rolled_back);
+        world.set_info("update_seq", json!(8));
+        let opened = world.open_knowing(Some(mark)).unwrap();
+        assert!(opened.rolled_back && opened.checkpoint.is_none() && !opened.recreated);
+        assert_eq!(opened.checkpoint_rev.as_deref(), Some("0-1"));
+        let world = World::new(Generation::Two);
+        let mark = world.open().mark;
+        world.write(mark, "9", None).unwrap();
+        world.set_info("update_seq", json!(8));
+        assert!(!world.open().rolled_back, "elsewhere a seq is never compared");
+    }
+
+    #[test]
+    fn a_missing_database_is_not_found() {
+        each_generation(|world| {
+            world.fake.lock().unwrap().info = Value::Null;
+            assert_eq!(world.open_knowing(None).unwrap_err().kind(), Kind::NotFound);
+        });
+    }
+
+    #[test]
+    fn webhooks_that_open_a_new_database_together_agree_on_its_mark() {
+        for _ in 0..20 {
+            let world = World::new(Generation::Three);
+            let threads: Vec<_> = (0..4)
+                .map(|_| {
+                    let server = world.server.clone();
+                    let (tell, told) = crossbeam_channel::bounded(1);
+                    let thread = sys::spawn("test", move || {
+                        tell.send(ensure_mark(&server, Generation::Three, "db", &|_| {}).unwrap()).unwrap();
+                    });
+                    (thread.unwrap(), told)
+                })
+                .collect();
+            for (thread, told) in threads {
+                thread.join().unwrap();
+                assert_eq!(world.stored(MARK)["mark"], told.recv().unwrap().to_string());
+            }
+        }
+    }
 }

@@ -3,4 +3,7 @@
 pub mod client;
 pub mod feed;
 pub mod local_docs;
+pub mod refusal;
+#[cfg(test)]
+mod scripted;
 pub mod state_db;

@@ -11,7 +11,8 @@ use serde::{Deserialize, Serialize};
 use serde_json::value::RawValue;
 use serde_json::{Map, Value, json};
 
-use crate::couch::client::{Server, Written, db_path, encoded, from_json};
+use crate::couch::client::{Server, Written, db_path, encoded};
+use crate::couch::refusal::from_json;
 use crate::error::{Context, Error, Kind, Result};
 use crate::pure::checkpoint::{Mark, StateKey};
 use crate::sys;

@@ -6,16 +6,13 @@
 
 use std::borrow::Cow;
 
-use memchr::memchr2;
-use serde::Deserialize;
+use serde::{Deserialize, Deserializer};
 use serde_json::value::RawValue;
 
 use crate::error::{Error, Kind, Result};
+use crate::pure::excerpt::excerpt;
+use crate::pure::scan::{ENVELOPE_BYTES_MAX, Event, Kept, Object, Text, TooLong};
 use crate::pure::seq::Seq;
-
-/// The longest row without its `doc`, and the longest head of a page, in bytes: a document with 1,000 conflicts
-/// has a row of 60 KiB under `style=all_docs`.
-const ENVELOPE_BYTES_MAX: usize = 1024 * 1024;
 
 /// One row of a feed.
 ///
@@ -136,7 +133,7 @@ impl Parser {
             let n_taken = match self.place {
                 Place::Outside | Place::ResultsStart | Place::Results | Place::End => self.between(bytes)?,
                 Place::Head => {
-                    let (n_taken, event) = self.head.push(bytes)?;
+                    let (n_taken, event) = self.head.push(bytes).map_err(|TooLong| too_long(&self.head))?;
                     match event {
                         Event::More => {}
                         Event::Special => self.place = Place::ResultsStart,
@@ -148,7 +145,7 @@ impl Parser {
                     n_taken
                 }
                 Place::Row => {
-                    let (n_taken, event) = self.row.push(bytes)?;
+                    let (n_taken, event) = self.row.push(bytes).map_err(|TooLong| too_long(&self.row))?;
                     match event {
                         Event::More => {}
                         Event::Special => {
@@ -168,7 +165,7 @@ impl Parser {
                 Place::Doc => {
                     let (n_taken, is_done) = self.doc.push(bytes);
                     if is_done {
-                        self.row_doc = self.doc.take().map_err(|found| self.bad_row(&found))?;
+                        self.row_doc = row_doc(self.doc.take()).map_err(|found| self.bad_row(&found))?;
                         self.row.text.extend_from_slice(b"null");
                         self.place = Place::Row;
                     }
@@ -228,11 +225,13 @@ impl Parser {
 
     fn row_item(&mut self) -> Result<Item> {
         let doc = std::mem::replace(&mut self.row_doc, RowDoc::Absent);
+        let text = std::str::from_utf8(&self.row.text)
+            .map_err(|error| self.bad_row(&format!("it is not UTF-8 ({error})")))?;
         let envelope: Envelope =
-            serde_json::from_slice(&self.row.text).map_err(|error| self.bad_row(&error.to_string()))?;
+            serde_json::from_str(text).map_err(|error| self.bad_row(&error.to_string()))?;
         match envelope {
-            Envelope { id: Some(id), changes: Some(changes), .. } => Ok(Item::Row(Row {
-                seq: envelope.seq.and_then(|seq| Seq::from_json(seq.get())),
+            Envelope { seq: Some(seq), id: Some(id), changes: Some(changes), .. } => Ok(Item::Row(Row {
+                seq: Seq::from_json(seq.get()),
                 id: id.into_owned(),
                 revs: changes.into_iter().map(|change| change.rev.into_owned()).collect(),
                 deleted: envelope.deleted,
@@ -272,7 +271,7 @@ impl Parser {
 /// A row, a line or a page's head, without what is taken out of it.
 #[derive(Deserialize)]
 struct Envelope<'a> {
-    #[serde(borrow)]
+    #[serde(borrow, default, deserialize_with = "present")]
     seq: Option<&'a RawValue>,
     #[serde(borrow)]
     id: Option<Cow<'a, str>>,
@@ -280,7 +279,7 @@ struct Envelope<'a> {
     changes: Option<Vec<Change<'a>>>,
     #[serde(default)]
     deleted: bool,
-    #[serde(borrow)]
+    #[serde(borrow, default, deserialize_with = "present")]
     last_seq: Option<&'a RawValue>,
     #[serde(borrow)]
     pending: Option<&'a RawValue>,
@@ -294,6 +293,11 @@ struct Envelope<'a> {
 struct Change<'a> {
     #[serde(borrow)]
     rev: Cow<'a, str>,
+}
+
+/// Tells `null`, which a `seq` may be, from a member that is missing.
+fn present<'de: 'a, 'a, D: Deserializer<'de>>(deserializer: D) -> Result<Option<&'a RawValue>, D::Error> {
+    <&RawValue>::deserialize(deserializer).map(Some)
 }
 
 impl Envelope<'_> {
@@ -313,259 +317,326 @@ impl Envelope<'_> {
     }
 }
 
-/// Reads one JSON object, except the value of one member of it.
-#[derive(Debug)]
-struct Object {
-    /// The member whose value somebody else reads and replaces.
-    special: &'static [u8],
-    /// What was read: the object with other values in the place of the special one's.
-    text: Vec<u8>,
-    /// Open brackets; 1 directly within the object.
-    depth: u32,
-    string: StringState,
-    /// Directly within the object: whether a member's name comes next, or is being read.
-    in_name: bool,
-    /// How much of the name agrees with `special`.
-    name: Name,
-    /// How often the special member came.
-    n_special: u32,
+/// What is wrong with a `doc` is told as text.
+fn row_doc(kept: Kept) -> Result<RowDoc, String> {
+    let text = match kept {
+        Kept::TooLong { n_bytes } => return Ok(RowDoc::TooLarge { bytes: n_bytes }),
+        Kept::Text(text) => String::from_utf8(text)
+            .map_err(|error| format!("its `doc` is not UTF-8 ({})", error.utf8_error()))?,
+    };
+    if text.trim_end() == "null" {
+        return Ok(RowDoc::Null);
+    }
+    let json = RawValue::from_string(text).map_err(|error| format!("its `doc` is not JSON: {error}"))?;
+    Ok(RowDoc::Json(json))
 }
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum StringState {
-    Outside,
-    Inside,
-    /// After a backslash.
-    Escaped,
-}
-
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Name {
-    /// So many bytes, all as in the special name.
-    Agrees(usize),
-    Differs,
-}
-
-enum Event {
-    /// All bytes are taken, the object goes on.
-    More,
-    /// The colon of the special member is taken; its value comes next.
-    Special,
-    /// The closing bracket is taken.
-    Closed,
-}
-
-impl Object {
-    fn new(special: &'static [u8]) -> Object {
-        Object {
-            special,
-            text: Vec::new(),
-            depth: 0,
-            string: StringState::Outside,
-            in_name: false,
-            name: Name::Differs,
-            n_special: 0,
-        }
-    }
-
-    /// The opening bracket was taken.
-    fn start(&mut self) {
-        self.text.clear();
-        self.text.push(b'{');
-        self.depth = 1;
-        self.string = StringState::Outside;
-        self.in_name = true;
-        self.name = Name::Agrees(0);
-        self.n_special = 0;
-    }
-
-    /// Takes bytes up to the first event; says how many.
-    fn push(&mut self, bytes: &[u8]) -> Result<(usize, Event)> {
-        let (n_taken, event) = self.scan(bytes);
-        if self.text.len() + n_taken > ENVELOPE_BYTES_MAX {
-            let text = shown(&self.text);
-            return Err(malformed(format!(
-                "row `{text}`: over {ENVELOPE_BYTES_MAX} bytes without its `doc`"
-            )));
-        }
-        self.text.extend_from_slice(&bytes[..n_taken]);
-        Ok((n_taken, event))
-    }
-
-    fn scan(&mut self, bytes: &[u8]) -> (usize, Event) {
-        let mut at = 0;
-        while at < bytes.len() {
-            if self.string != StringState::Outside {
-                let end = skip_string(&mut self.string, bytes, at);
-                if self.depth == 1 && self.in_name {
-                    let is_closed = self.string == StringState::Outside;
-                    self.compare_name(&bytes[at..end - usize::from(is_closed)]);
-                }
-                at = end;
-                continue;
-            }
-            let byte = bytes[at];
-            at += 1;
-            match byte {
-                b'"' => self.string = StringState::Inside,
-                b'{' | b'[' => self.depth += 1,
-                b'}' | b']' => {
-                    self.depth -= 1;
-                    if self.depth == 0 {
-                        return (at, Event::Closed);
-                    }
-                }
-                b',' if self.depth == 1 => {
-                    self.in_name = true;
-                    self.name = Name::Agrees(0);
-                }
-                b':' if self.depth == 1 && self.in_name => {
-                    self.in_name = false;
-                    if self.name == Name::Agrees(self.special.len()) {
-                        self.n_special += 1;
-                        return (at, Event::Special);
-                    }
-                }
-                _ => {}
-            }
-        }
-        (at, Event::More)
-    }
-
-    fn compare_name(&mut self, part: &[u8]) {
-        self.name = match self.name {
-            Name::Agrees(n_bytes) if self.special[n_bytes..].starts_with(part) => {
-                Name::Agrees(n_bytes + part.len())
-            }
-            _ => Name::Differs,
-        };
-    }
-}
-
-/// Reads one JSON value, keeping it as text unless it is too long.
-#[derive(Debug)]
-struct Text {
-    bytes_max: usize,
-    text: Vec<u8>,
-    n_bytes: u64,
-    /// Open brackets.
-    depth: u32,
-    string: StringState,
-    /// Whether its first byte was seen.
-    is_started: bool,
-}
-
-impl Text {
-    fn new(bytes_max: usize) -> Text {
-        Text {
-            bytes_max,
-            text: Vec::new(),
-            n_bytes: 0,
-            depth: 0,
-            string: StringState::Outside,
-            is_started: false,
-        }
-    }
-
-    fn start(&mut self) {
-        *self = Text::new(self.bytes_max);
-    }
-
-    /// Takes bytes up to the end of the value; says how many, and whether it has ended.
-    fn push(&mut self, bytes: &[u8]) -> (usize, bool) {
-        let n_blanks = if self.is_started {
-            0
-        } else {
-            bytes.iter().take_while(|byte| matches!(byte, b' ' | b'\t' | b'\r' | b'\n')).count()
-        };
-        let (n_taken, is_done) = self.scan(&bytes[n_blanks..]);
-        let part = &bytes[n_blanks..n_blanks + n_taken];
-        self.is_started |= n_taken > 0;
-        self.n_bytes += part.len() as u64;
-        if self.n_bytes <= self.bytes_max as u64 {
-            self.text.extend_from_slice(part);
-        } else {
-            self.text = Vec::new();
-        }
-        (n_blanks + n_taken, is_done)
-    }
-
-    fn scan(&mut self, bytes: &[u8]) -> (usize, bool) {
-        let mut at = 0;
-        while at < bytes.len() {
-            if self.string != StringState::Outside {
-                at = skip_string(&mut self.string, bytes, at);
-                if self.string == StringState::Outside && self.depth == 0 {
-                    return (at, true);
-                }
-                continue;
-            }
-            match bytes[at] {
-                b'"' => self.string = StringState::Inside,
-                b'{' | b'[' => self.depth += 1,
-                // A bare number or word ends before what follows it.
-                b'}' | b']' | b',' if self.depth == 0 => return (at, true),
-                b'}' | b']' => {
-                    self.depth -= 1;
-                    if self.depth == 0 {
-                        return (at + 1, true);
-                    }
-                }
-                _ => {}
-            }
-            at += 1;
-        }
-        (at, false)
-    }
-
-    /// What was read; an error says what is wrong with it.
-    fn take(&mut self) -> Result<RowDoc, String> {
-        if self.n_bytes > self.bytes_max as u64 {
-            return Ok(RowDoc::TooLarge { bytes: self.n_bytes });
-        }
-        let text = String::from_utf8(std::mem::take(&mut self.text))
-            .map_err(|error| format!("its `doc` is not UTF-8 ({})", error.utf8_error()))?;
-        if text.trim_end() == "null" {
-            return Ok(RowDoc::Null);
-        }
-        let json = RawValue::from_string(text).map_err(|error| format!("its `doc` is not JSON: {error}"))?;
-        Ok(RowDoc::Json(json))
-    }
-}
-
-/// Goes on from `at` within a string; gives the place behind its closing quote, or the end of the bytes.
-fn skip_string(state: &mut StringState, bytes: &[u8], mut at: usize) -> usize {
-    loop {
-        if *state == StringState::Escaped {
-            if at == bytes.len() {
-                return at;
-            }
-            at += 1;
-            *state = StringState::Inside;
-        }
-        match memchr2(b'"', b'\\', &bytes[at..]) {
-            None => return bytes.len(),
-            Some(n_bytes) => {
-                at += n_bytes + 1;
-                if bytes[at - 1] == b'"' {
-                    *state = StringState::Outside;
-                    return at;
-                }
-                *state = StringState::Escaped;
-            }
-        }
-    }
+fn too_long(object: &Object) -> Error {
+    malformed(format!("`{}`: expected a row of at most {ENVELOPE_BYTES_MAX} bytes", shown(&object.text)))
 }
 
 fn malformed(found: impl Into<String>) -> Error {
     Error::new(Kind::Malformed, found)
 }
 
-/// The first 60 characters, on one line.
 fn shown(bytes: &[u8]) -> String {
-    String::from_utf8_lossy(&bytes[..bytes.len().min(240)])
-        .chars()
-        .take(60)
-        .flat_map(char::escape_debug)
-        .collect()
+    excerpt(bytes, 60)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fmt::Write;
+
+    use super::*;
+
+    const DOC_MAX: usize = 1024;
+
+    /// One line per item.
+    fn shown_items(items: &[Item]) -> String {
+        items.iter().fold(String::new(), |mut text, item| {
+            match item {
+                Item::Row(row) => {
+                    let seq = row.seq.as_ref().map_or("null", Seq::as_json);
+                    let doc = match &row.doc {
+                        RowDoc::Absent => "-".to_owned(),
+                        RowDoc::Null => "null".to_owned(),
+                        RowDoc::TooLarge { bytes } => format!("{bytes} bytes"),
+                        RowDoc::Json(json) => json.get().to_owned(),
+                    };
+                    let deleted = if row.deleted { " deleted" } else { "" };
+                    writeln!(text, "{seq} {:?} {}{deleted} {doc}", row.id, row.revs.join(",")).unwrap();
+                }
+                Item::End { last_seq, pending } => {
+                    let last_seq = last_seq.as_ref().map_or("null", Seq::as_json);
+                    writeln!(text, "end {last_seq} pending {pending:?}").unwrap();
+                }
+                Item::Fault { error, reason } => writeln!(text, "fault {error}: {reason}").unwrap(),
+            }
+            text
+        })
+    }
+
+    /// All items, then the error if there is one, for pieces of the given sizes (the last repeats).
+    fn parsed(shape: Shape, body: &[u8], sizes: &[usize]) -> String {
+        let mut parser = Parser::new(shape, DOC_MAX);
+        let mut items = Vec::new();
+        let mut rest = body;
+        let mut sizes = sizes.iter().copied();
+        let mut size = rest.len();
+        let mut result = Ok(());
+        while !rest.is_empty() && result.is_ok() {
+            size = sizes.next().unwrap_or(size).clamp(1, rest.len());
+            let (piece, more) = rest.split_at(size);
+            result = parser.push(piece, &mut items);
+            rest = more;
+        }
+        let result = result.and_then(|()| parser.finish(&mut items));
+        let mut text = shown_items(&items);
+        if let Err(error) = result {
+            assert_eq!(error.kind(), Kind::Malformed);
+            writeln!(text, "error {error}").unwrap();
+        }
+        text
+    }
+
+    /// Whole, and cut in two at every place, and byte by byte: always the same.
+    fn check(shape: Shape, body: impl AsRef<[u8]>, expected: &str) {
+        let body = body.as_ref();
+        let text = String::from_utf8_lossy(body);
+        assert_eq!(parsed(shape, body, &[body.len()]), expected, "{text}");
+        for cut in 1..body.len() {
+            assert_eq!(parsed(shape, body, &[cut, body.len()]), expected, "cut at {cut}: {text}");
+        }
+        assert_eq!(parsed(shape, body, &[1]), expected, "byte by byte: {text}");
+    }
+
+    fn recorded(version: &str, name: &str) -> String {
+        let path = format!("{}/tests/data/{version}/{name}.json", env!("CARGO_MANIFEST_DIR"));
+        let answer: serde_json::Value = serde_json::from_slice(&std::fs::read(path).unwrap()).unwrap();
+        answer["body"].as_str().unwrap().to_owned()
+    }
+
+    #[derive(Deserialize)]
+    struct NaiveRow {
+        seq: Box<RawValue>,
+        id: String,
+        changes: Vec<NaiveChange>,
+        #[serde(default)]
+        deleted: bool,
+        doc: Option<Box<RawValue>>,
+    }
+
+    #[derive(Deserialize)]
+    struct NaiveChange {
+        rev: String,
+    }
+
+    #[derive(Deserialize)]
+    struct NaiveEnd {
+        #[serde(default)]
+        results: Vec<NaiveRow>,
+        last_seq: Box<RawValue>,
+        pending: Option<u64>,
+    }
+
+    impl NaiveRow {
+        fn item(self) -> Item {
+            Item::Row(Row {
+                seq: Seq::from_json(self.seq.get()),
+                id: self.id,
+                revs: self.changes.into_iter().map(|change| change.rev).collect(),
+                deleted: self.deleted,
+                doc: self.doc.map_or(RowDoc::Absent, RowDoc::Json),
+            })
+        }
+    }
+
+    /// What `serde_json` makes of the whole text.
+    fn naive(shape: Shape, body: &str) -> String {
+        let mut items: Vec<Item> = Vec::new();
+        let mut end = |text: &str| {
+            let end: NaiveEnd = serde_json::from_str(text).unwrap();
+            let mut rows: Vec<Item> = end.results.into_iter().map(NaiveRow::item).collect();
+            rows.push(Item::End { last_seq: Seq::from_json(end.last_seq.get()), pending: end.pending });
+            items.extend(rows);
+        };
+        match shape {
+            Shape::Page => end(body),
+            Shape::Lines => {
+                for line in body.lines().filter(|line| !line.is_empty()) {
+                    match serde_json::from_str::<NaiveRow>(line) {
+                        Ok(row) => items.push(row.item()),
+                        Err(_) => {
+                            let end: NaiveEnd = serde_json::from_str(line).unwrap();
+                            let last_seq = Seq::from_json(end.last_seq.get());
+                            items.push(Item::End { last_seq, pending: end.pending });
+                        }
+                    }
+                }
+            }
+        }
+        shown_items(&items)
+    }
+
+    #[test]
+    fn recorded_answers_agree_with_a_naive_reading_however_they_are_cut() {
+        for version in ["1.7.1", "2.2.0", "3.5.0"] {
+            for name in [
+                "changes_normal",
+                "changes_normal_docs_conflicts",
+                "changes_limit0_now",
+                "changes_limit2",
+                "changes_longpoll_timeout",
+            ] {
+                let body = recorded(version, name);
+                check(Shape::Page, &body, &naive(Shape::Page, &body));
+            }
+            let body = recorded(version, "changes_continuous_timeout");
+            check(Shape::Lines, &body, &naive(Shape::Lines, &body));
+        }
+        let body = recorded("3.5.0", "changes_selector");
+        check(Shape::Page, &body, &naive(Shape::Page, &body));
+        check(
+            Shape::Page,
+            recorded("1.7.1", "changes_selector"),
+            "fault bad_request: unknown builtin filter name\n",
+        );
+    }
+
+    #[test]
+    fn documents_stay_as_they_are_byte_for_byte() {
+        let doc = "{ \"z\":1.0,\"a\" : -0.0,\"n\":12345678901234567890123,\"e\":1.0000000000000000199e+30,\
+                   \"u\":\"\u{2028}\\u2028\\\"}],{\\\\\",\"doc\":{\"doc\":[[],{}]},\"\":null}";
+        check(
+            Shape::Lines,
+            format!("{{\"seq\":1,\"id\":\"a\",\"changes\":[{{\"rev\":\"1-x\"}}],\"doc\":{doc}}}\n"),
+            &format!("1 \"a\" 1-x {doc}\n"),
+        );
+    }
+
+    #[test]
+    fn order_of_members_and_blanks_do_not_matter() {
+        check(
+            Shape::Page,
+            r#" { "pending" : 7, "last_seq":"9-x" ,"x":{"results":[1]}, "results" : [ {"doc": null ,"changes":[{"rev":"1-a"},{"rev":"1-b"}],"deleted":true,"id":"a\"\u00e9","seq":[42,"x"]}
+              , {"doc":"text","id":"b","changes":[],"y":[{"doc":{}}],"seq":null} ] }  "#,
+            "[42,\"x\"] \"a\\\"é\" 1-a,1-b deleted null\nnull \"b\"  \"text\"\nend \"9-x\" pending Some(7)\n",
+        );
+        check(Shape::Page, r#"{"results":[],"last_seq":null}"#, "end null pending None\n");
+    }
+
+    #[test]
+    fn heartbeats_say_nothing() {
+        check(
+            Shape::Lines,
+            "\n\n\r\n{\"seq\":1,\"id\":\"a\",\"changes\":[]}\n\n{\"last_seq\":\"1-x\",\"pending\":0}\n",
+            "1 \"a\"  -\nend \"1-x\" pending Some(0)\n",
+        );
+        check(Shape::Lines, "\n\n", "");
+        check(Shape::Lines, "", "");
+    }
+
+    #[test]
+    fn a_long_doc_is_dropped_and_counted() {
+        for (n_bytes, kept) in [(DOC_MAX, true), (DOC_MAX + 1, false), (4 * DOC_MAX, false)] {
+            let doc = format!("{{\"a\":[\"\\\"}}]\",{{}}],\"b\":\"{}\"}}", "é".repeat((n_bytes - 24) / 2));
+            let doc = format!("{doc:<n_bytes$}", n_bytes = n_bytes).replacen(
+                "\"b\":\"",
+                &format!("\"b\":\"{}", "x".repeat(n_bytes - doc.len())),
+                1,
+            );
+            let doc = doc.trim_end();
+            assert_eq!(doc.len(), n_bytes);
+            let row = format!("{{\"seq\":1,\"doc\":{doc},\"id\":\"a\",\"changes\":[{{\"rev\":\"1-x\"}}]}}");
+            let shown = if kept { doc.to_owned() } else { format!("{n_bytes} bytes") };
+            let body = format!("{{\"results\":[{row},{row}],\"last_seq\":1}}");
+            let expected = format!("1 \"a\" 1-x {shown}\n").repeat(2) + "end 1 pending None\n";
+            assert_eq!(parsed(Shape::Page, body.as_bytes(), &[7]), expected);
+            assert_eq!(parsed(Shape::Page, body.as_bytes(), &[body.len()]), expected);
+        }
+    }
+
+    #[test]
+    fn memory_stays_bounded_while_a_long_doc_passes() {
+        let mut parser = Parser::new(Shape::Lines, DOC_MAX);
+        let mut items = Vec::new();
+        parser.push(b"{\"seq\":1,\"id\":\"a\",\"changes\":[],\"doc\":{\"x\":\"", &mut items).unwrap();
+        for _ in 0..10_000 {
+            parser.push(&[b'x'; 1_000], &mut items).unwrap();
+            assert_eq!(parser.doc.text_capacity().max(2 * DOC_MAX), 2 * DOC_MAX);
+        }
+        parser.push(b"\"}}\n", &mut items).unwrap();
+        assert_eq!(shown_items(&items), "1 \"a\"  10000008 bytes\n");
+    }
+
+    #[test]
+    fn a_row_without_end_is_an_error() {
+        let body = format!("{{\"seq\":1,\"id\":\"{}", "x".repeat(ENVELOPE_BYTES_MAX));
+        let text = parsed(Shape::Lines, body.as_bytes(), &[1 << 16]);
+        assert!(text.ends_with("xxx`: expected a row of at most 1048576 bytes\n"), "{text}");
+    }
+
+    #[test]
+    fn faults_within_a_200_come_out() {
+        check(
+            Shape::Lines,
+            "{\"seq\":1,\"id\":\"a\",\"changes\":[]}\n{\"error\":\"TypeError\",\"reason\":{\"x\":1}}\n",
+            "1 \"a\"  -\nfault TypeError: {\"x\":1}\n",
+        );
+        check(
+            Shape::Page,
+            "{\"results\":[\n{\"seq\":1,\"id\":\"a\",\"changes\":[]}\n\n{\"error\":\"TypeError\",\"reason\":\"x\"}\n",
+            "1 \"a\"  -\nfault TypeError: x\nerror the answer ended in the middle of a page\n",
+        );
+    }
+
+    #[test]
+    fn bad_rows_are_errors_with_their_id() {
+        let check_error = |shape, body: &[u8], expected: &str| {
+            for size in [1, 5, body.len()] {
+                let text = parsed(shape, body, &[size]);
+                assert!(text.contains(expected) && text.contains("error "), "{text}");
+            }
+        };
+        let page = |row: &[u8]| [b"{\"results\":[", row, b"],\"last_seq\":1}"].concat();
+        check_error(Shape::Page, &page(b"{\"seq\":1,\"id\":\"a\"}"), "row `a`: expected");
+        check_error(Shape::Page, &page(b"{\"seq\":1,\"changes\":[]}"), "expected `seq`, `id` and `changes`");
+        check_error(Shape::Page, &page(b"{\"id\":\"a\",\"changes\":[]}"), "row `a`: expected `seq`");
+        check_error(Shape::Page, &page(b"{\"last_seq\":1}"), "expected `seq`, `id` and `changes`");
+        check_error(
+            Shape::Page,
+            &page(b"{\"id\":\"a\",\"seq\":1,\"changes\":[],\"doc\":{\"x\":\"\xff\"}}"),
+            "row `a`: its `doc` is not UTF-8 (invalid utf-8 sequence of 1 bytes from index 6)",
+        );
+        check_error(
+            Shape::Page,
+            &page(b"{\"id\":\"a\",\"seq\":1,\"changes\":[],\"doc\":{\"x\":tru}}"),
+            "row `a`: its `doc` is not JSON",
+        );
+        check_error(Shape::Page, &page(b"{\"id\":\"a\",\"doc\":,\"changes\":[]}"), "is not JSON");
+        check_error(Shape::Lines, b"{\"id\":\"a\",\"x\":\"\xff\",\"changes\":[]}\n", "row `a`: ");
+        check_error(Shape::Lines, b"{\"id\":\"\xff\",\"seq\":1,\"changes\":[]}\n", "error row `");
+        check_error(Shape::Lines, b"{\"id\":\"a\",\"seq\":1,\"cha", "row `a`: the answer ended within it");
+        check_error(Shape::Lines, b"{\"id\":\"a\",\"doc\":{\"x\"", "row `a`: the answer ended within it");
+        check_error(Shape::Page, b"{\"results\":[", "ended in the middle of a page");
+        check_error(Shape::Page, b"", "got nothing");
+        check_error(Shape::Page, b"{\"results\":[],\"last_seq\":1}x", "got `x`");
+        check_error(Shape::Page, b"{\"results\":{},\"last_seq\":1}", "expected CouchDB's changes, got `{");
+        check_error(Shape::Page, b"{\"last_seq\":1}", "expected `results`");
+        check_error(Shape::Page, b"{\"results\":[],\"results\":[],\"last_seq\":1}", "expected `results`");
+    }
+
+    #[test]
+    fn what_is_not_json_is_shown() {
+        let html =
+            "\r\n<!DOCTYPE html><html><head><title>502 Bad Gateway</title></head><body>…</body></html>";
+        assert_eq!(
+            parsed(Shape::Page, html.as_bytes(), &[html.len()]),
+            "error expected CouchDB's changes, got `<!DOCTYPE html><html><head><title>502 Bad Gateway</title></h`\n"
+        );
+        assert!(
+            parsed(Shape::Lines, html.as_bytes(), &[1])
+                .starts_with("error expected CouchDB's changes, got `<`")
+        );
+    }
 }
