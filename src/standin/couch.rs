@@ -18,11 +18,10 @@ use serde_json::Value;
 use crate::error::{Error, Kind, Result};
 use crate::standin::changes_feed;
 use crate::standin::http::{Answer, Request, Server, locked};
+use crate::standin::quirks::{FaultKind, Quirks};
 use crate::standin::routes::{self, Reply};
 use crate::standin::store::{Database, Incoming, Refusal, Rev};
 use crate::sys;
-
-pub use crate::standin::quirks::{Fault, FaultKind, Quirks};
 
 /// Requests kept in the log; older ones are dropped.
 const REQUESTS_MAX: usize = 100_000;

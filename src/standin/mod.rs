@@ -5,9 +5,11 @@
 
 pub mod couch;
 pub mod http;
+pub mod quirks;
+pub mod receiver;
+pub mod record;
 
 mod changes_feed;
-mod quirks;
 mod routes;
 mod selector;
 mod seqs;
