@@ -39,12 +39,30 @@ const TURN_CHECK: Duration = Duration::from_millis(200);
 /// What a reader gives.
 #[derive(Debug)]
 pub enum Fed {
-    /// Answer to [`Read::Open`], with the mark to be remembered.
-    Opened(FlowIndex, Opened, Mark),
+    /// Answer to [`Read::Open`].
+    Opened {
+        /// Which.
+        flow: FlowIndex,
+        /// For the flow.
+        opened: Opened,
+        /// The database's mark, to be remembered.
+        mark: Mark,
+        /// 1.x: the server's life, to be compared before a checkpoint is stored.
+        life: Option<String>,
+    },
     /// Rows of what is being read.
     Rows(FlowIndex, Vec<Arrived>),
     /// The end of it; `closed`: because of [`Reader::close`].
-    End { flow: FlowIndex, last_seq: Option<Seq>, pending: Option<u64>, closed: bool },
+    End {
+        /// Which.
+        flow: FlowIndex,
+        /// What CouchDB gave.
+        last_seq: Option<Seq>,
+        /// What it said to be still ahead.
+        pending: Option<u64>,
+        /// Whether we ended it.
+        closed: bool,
+    },
     /// The end of it, or of the opening, by a fault.
     Failed(FlowIndex, ReadFault, Option<Error>),
 }
@@ -179,7 +197,7 @@ impl State {
                  the beginning"
             );
         }
-        self.opened = Some(Known { mark: opened.mark, life: opened.life });
+        self.opened = Some(Known { mark: opened.mark, life: opened.life.clone() });
         let checkpoint = opened.checkpoint.map(|checkpoint| {
             let delivered = checkpoint.delivered.iter().map(|id| id.0).collect();
             (checkpoint.through_seq, delivered)
@@ -191,7 +209,7 @@ impl State {
             rev: opened.checkpoint_rev,
             doc_count: opened.doc_count,
         };
-        Ok(Fed::Opened(self.flow, found, opened.mark))
+        Ok(Fed::Opened { flow: self.flow, opened: found, mark: opened.mark, life: opened.life })
     }
 
     /// One request for rows, after a look whether the database is still the one that was opened.
