@@ -566,8 +566,10 @@ fn transport_error(error: ureq::Error, silence: Option<Duration>) -> Error {
         ureq::Error::Io(error) => {
             let text = error.to_string();
             // "Connection refused (os error 111)": the number is noise.
-            let text = text.split(" (os error").next().unwrap_or_default().to_lowercase();
-            Error::new(Kind::Unreachable, text)
+            let text = text.split(" (os error").next().unwrap_or_default();
+            let mut chars = text.chars();
+            let first = chars.next().into_iter().flat_map(char::to_lowercase);
+            Error::new(Kind::Unreachable, first.chain(chars).collect::<String>())
         }
         ureq::Error::HostNotFound => Error::new(Kind::Unreachable, "host not found"),
         ureq::Error::Protocol(_) | ureq::Error::LargeResponseHeader(..) => {

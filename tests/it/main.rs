@@ -1,3 +1,5 @@
 //! The one integration binary.
 
+#![allow(clippy::unwrap_used, reason = "all of it is test")]
+
 mod real_couch;
