@@ -3,6 +3,9 @@
 pub mod config;
 pub mod couch;
 pub mod error;
+pub mod host;
+pub mod log;
 pub mod pure;
+pub mod standin;
 pub mod sys;
 pub mod tls;

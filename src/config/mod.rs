@@ -1,11 +1,176 @@
 //! The typed configuration: what a correct set of sections means.
 //!
-//! Values here are checked. What CouchDB's or our own ini files say is read by `source`, named by `keys`.
+//! Values here are checked. What CouchDB's or our own ini files say is read by `source`, named by `keys`, and
+//! turned into these types by [`parse`], which collects every fault there is instead of stopping at the first.
 
+pub mod finding;
+mod hookd;
+pub mod keys;
+mod reader;
+pub mod source;
+mod values;
+mod webhook;
+
+#[cfg(test)]
+mod source_tests;
+#[cfg(test)]
+mod tests;
+
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
 use std::time::Duration;
 
+use crate::config::finding::{Finding, Raw, Value};
+use crate::config::keys::Section;
 use crate::pure::secret::Secret;
+use crate::pure::url::Url;
+
+/// Sections that are read whatever they hold: ours, and those that say where CouchDB listens. The section of
+/// each webhook comes on top, see [`webhook_sections`].
+pub const FIXED_SECTIONS: [&str; 4] = ["hookd", "hookd.webhooks", "chttpd", "httpd"];
+
+/// What [`parse`] makes of a configuration.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Parsed {
+    /// `None` when an error concerns more than one webhook, such as any in `[hookd]`.
+    pub config: Option<Config>,
+    /// Names of webhooks that are listed (or nearly so) but have an error: held back, not gone.
+    pub held_back: BTreeSet<String>,
+}
+
+/// The sections of the webhooks that `[hookd.webhooks]` lists, to be asked for after it. Of a key such as
+/// `orders_file` it is not known here whether it lists `orders` or `orders_file`: both are given.
+pub fn webhook_sections<'a>(listed: impl IntoIterator<Item = &'a str>) -> BTreeSet<String> {
+    let both = |key: &'a str| [Some(key.trim()), key.trim().strip_suffix("_file")];
+    let names = listed.into_iter().flat_map(both).flatten().filter(|name| webhook::is_name(name));
+    names.map(|name| format!("hookd.webhook.{name}")).collect()
+}
+
+/// Whether a section is ours to judge. Others are CouchDB's, and `local.ini` is a valid file of ours.
+pub fn is_ours(section: &str) -> bool {
+    section == "hookd" || section.starts_with("hookd.")
+}
+
+/// Whether a section is ours, or was probably meant to be.
+fn looks_ours(section: &str) -> bool {
+    let lower = section.trim().to_ascii_lowercase();
+    ["hookd", "couch_hookd", "couch-hookd"].iter().any(|name| lower.starts_with(name))
+}
+
+/// Makes a configuration of sections, and says everything that is wrong with them: first what was found while
+/// reading, then `[hookd]`, the list, each webhook by name, and sections that belong to none.
+///
+/// An error in a webhook's section holds back that webhook alone; any other error leaves no `config` at all.
+/// Reads no file and asks nobody: whether URLs answer and databases exist is left to `check`.
+pub fn parse(raw: &Raw) -> (Parsed, Vec<Finding>) {
+    let mut findings = raw.findings.clone();
+    let hookd = hookd::parse(raw, &mut findings);
+    let mut webhooks = Vec::new();
+    let listed = listed(raw, &mut findings);
+    let nothing = BTreeMap::new();
+    for (name, endpoint) in &listed {
+        let section = raw.sections.get(&format!("hookd.webhook.{name}")).unwrap_or(&nothing);
+        let state_db = hookd.as_ref().map(|hookd| hookd.state_db.as_str());
+        webhooks.extend(webhook::parse(name, endpoint, section, state_db, &mut findings));
+    }
+    unlisted_sections(raw, &listed, &mut findings);
+    let held_back: BTreeSet<String> = findings
+        .iter()
+        .filter(|finding| finding.is_error())
+        .filter_map(|finding| finding.webhook.clone())
+        .collect();
+    webhooks.retain(|webhook| !held_back.contains(&webhook.name));
+    let for_all = findings.iter().any(|finding| finding.is_error() && finding.webhook.is_none());
+    let config = hookd.filter(|_| !for_all).map(|hookd| Config { hookd, webhooks });
+    (Parsed { config, held_back }, findings)
+}
+
+/// The base URL of the CouchDB whose sections these are: `[chttpd]` before `[httpd]`, which is the backend port
+/// on 2.x and later. `None` when neither says a port or an address.
+pub fn couchdb_url_from(raw: &Raw) -> Option<String> {
+    ["chttpd", "httpd"].into_iter().find_map(|section| {
+        let text = |key| raw.value(section, key).map(|value| value.text.expose().trim());
+        let (port, address) = (text("port"), text("bind_address"));
+        if port.is_none() && address.is_none() {
+            return None;
+        }
+        let host = match address {
+            None | Some("any" | "0.0.0.0") => "127.0.0.1".to_owned(),
+            Some("::") => "[::1]".to_owned(),
+            Some(address) if address.contains(':') && !address.starts_with('[') => format!("[{address}]"),
+            Some(address) => address.to_owned(),
+        };
+        let url = format!("http://{host}:{}", port.unwrap_or("5984"));
+        Url::parse(&url).ok().map(|url| url.base())
+    })
+}
+
+/// The lines of `[hookd.webhooks]` whose names will do, and their endpoints.
+fn listed<'a>(raw: &'a Raw, findings: &mut Vec<Finding>) -> BTreeMap<&'a str, &'a Value> {
+    let nothing = BTreeMap::new();
+    let section = raw.sections.get("hookd.webhooks").unwrap_or(&nothing);
+    if section.is_empty() {
+        let message = "lists no webhook: expected lines such as `orders = https://shop.example/hooks/orders`";
+        findings.push(Finding::warning(None, "[hookd.webhooks]", message));
+    }
+    let mut listed = BTreeMap::new();
+    for (name, value) in raw.sections.get("hookd.webhooks").into_iter().flatten() {
+        let place = reader::place(Some(value), "hookd.webhooks", name);
+        if keys::find(Section::Webhook, name).is_some() && !value.text.expose().contains("://") {
+            // The webhook that this was meant for would run without its filter: nothing may run.
+            let message = "this is a key of [hookd.webhook.NAME], not a webhook; is its section's header missing, \
+                or followed by a comment, for which CouchDB before 3.3 ignores it?";
+            findings.push(Finding::error(None, place, message));
+        } else if webhook::is_name(name) {
+            listed.insert(name.as_str(), value);
+        } else {
+            let message = "expected a name of up to 40 lower-case letters, digits, `-` and `_` that begins with a \
+                letter or digit";
+            findings.push(Finding::error(Some(name), place, message));
+        }
+    }
+    listed
+}
+
+/// Sections that look like ours but belong to no listed webhook. Where a listed one was probably meant it is
+/// held back: without its section it would send everything.
+fn unlisted_sections(raw: &Raw, listed: &BTreeMap<&str, &Value>, findings: &mut Vec<Finding>) {
+    for (section, values) in &raw.sections {
+        let known = section == "hookd" || section == "hookd.webhooks";
+        let lower = section.trim().to_ascii_lowercase();
+        if known || !looks_ours(section) {
+            continue;
+        }
+        let exact = section.strip_prefix("hookd.webhook.");
+        if exact.is_some_and(|name| listed.contains_key(name)) {
+            continue;
+        }
+        let origin = values.values().map(|value| format!("{}: ", value.origin)).min().unwrap_or_default();
+        let place = format!("{origin}[{}]", values::shown(section));
+        // What follows the last dot may be a listed name although what stands before it is wrong.
+        let name = lower.rsplit('.').next().unwrap_or_default().trim();
+        let without_section = |name: &&&str| !raw.sections.contains_key(&format!("hookd.webhook.{name}"));
+        let meant = keys::nearest_of(name, listed.keys().filter(without_section).copied(), 1);
+        let fixed = keys::nearest_of(&lower, ["hookd", "hookd.webhooks"], 2).filter(|_| exact.is_none());
+        findings.push(match (meant, fixed) {
+            (Some(meant), _) => {
+                let message = format!(
+                    "belongs to no listed webhook; the nearest section is [hookd.webhook.{meant}], and `{meant}` is held \
+                     back: without its section it might tell everything"
+                );
+                Finding::error(Some(meant), place, message)
+            }
+            (None, Some(fixed)) if !lower.starts_with("hookd.webhook.") => {
+                Finding::error(None, place, format!("is unknown; the nearest section is [{fixed}]"))
+            }
+            _ => Finding::warning(
+                None,
+                place,
+                "belongs to no webhook that [hookd.webhooks] lists; it is not used",
+            ),
+        });
+    }
+}
 
 /// All of it.
 #[derive(Debug, Clone, PartialEq)]

@@ -2,8 +2,24 @@
 
 pub mod changes;
 pub mod checkpoint;
+pub mod dispatch;
+pub mod endpoint;
+pub mod flow;
+pub mod ini;
+pub mod lanes;
+pub mod log_limit;
+pub mod login;
+pub mod message;
+pub mod os_daemon;
+pub mod retry;
 pub mod excerpt;
 pub mod login;
 mod scan;
 pub mod secret;
 pub mod seq;
+pub mod settled;
+pub mod signature;
+#[cfg(test)]
+mod simulation;
+pub mod url;
+pub mod watermark;

@@ -2,4 +2,6 @@
 
 #![allow(clippy::unwrap_used, reason = "all of it is test")]
 
+mod host;
 mod real_couch;
+mod tidy;

@@ -1,0 +1,432 @@
+//! The one table of keys: parser, `check`, sample files and the README's reference come from it.
+//!
+//! A key of a later version stands in [`LATER`] until then, so that it is answered with more than "unknown".
+
+use std::fmt;
+use std::time::Duration;
+
+/// The section a key belongs to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Section {
+    /// `[hookd]`
+    Hookd,
+    /// `[hookd.webhook.NAME]`
+    Webhook,
+}
+
+/// What a key's value looks like.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Kind {
+    /// Any text.
+    Text,
+    /// A text that is never shown.
+    Secret,
+    /// `http://` or `https://`.
+    Url,
+    /// A path; relative ones count from `$CREDENTIALS_DIRECTORY`, then from the ini file's directory.
+    Path,
+    /// A database's name.
+    Database,
+    /// Database names, separated by commas.
+    Databases,
+    /// One of these words.
+    Word(&'static [&'static str]),
+    /// `true` or `false`, also `on` or `off`.
+    Flag,
+    /// `500ms`, `5s`, `2m`, `1h`, within these bounds.
+    Duration(Duration, Duration),
+    /// Several of them, separated by commas.
+    Durations(Duration, Duration),
+    /// A whole number within these bounds.
+    Count(u64, u64),
+    /// `512B`, `64KiB`, `1MiB`, within these bounds in bytes.
+    Size(u64, u64),
+    /// HTTP statuses, separated by commas, or `off`.
+    Statuses,
+    /// Event types, separated by commas; `*` stands for any text.
+    Events,
+    /// A JSON object on one line.
+    JsonObject,
+    /// A JSON array of strings on one line.
+    JsonStrings,
+    /// `DESIGN_DOCUMENT/NAME`.
+    DesignFunction,
+    /// `whsec_…`, separated by commas.
+    SigningSecrets,
+}
+
+/// One key.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Key {
+    /// Where it stands.
+    pub section: Section,
+    /// Its name; `header.*` stands for any header.
+    pub name: &'static str,
+    /// What its value looks like.
+    pub kind: Kind,
+    /// What holds without it, as one would write it.
+    pub default: Option<&'static str>,
+    /// An example, for keys without a default.
+    pub example: &'static str,
+    /// One line for people.
+    pub text: &'static str,
+}
+
+/// Words of `watch` that a later version takes.
+pub const WATCH_LATER: [&str; 3] = ["databases", "replications", "daemon"];
+
+/// Words of `format` that a later version takes.
+pub const FORMAT_LATER: [&str; 4] = ["cloudevents", "raw", "slack", "couchdb_doc"];
+
+/// Keys that a later version takes.
+pub const LATER: [(Section, &str); 4] = [
+    (Section::Hookd, "status_listen"),
+    (Section::Webhook, "batch_max"),
+    (Section::Webhook, "batch_wait"),
+    (Section::Webhook, "rate_limit"),
+];
+
+const fn ms(n: u64) -> Duration {
+    Duration::from_millis(n)
+}
+const fn s(n: u64) -> Duration {
+    Duration::from_secs(n)
+}
+const fn h(n: u64) -> Duration {
+    Duration::from_secs(n * 3600)
+}
+const fn hookd(name: &'static str, kind: Kind, default: &'static str, text: &'static str) -> Key {
+    Key { section: Section::Hookd, name, kind, default: Some(default), example: default, text }
+}
+const fn webhook(name: &'static str, kind: Kind, default: &'static str, text: &'static str) -> Key {
+    Key { section: Section::Webhook, ..hookd(name, kind, default, text) }
+}
+/// The same key without a default; what stood there is only an example.
+const fn optional(key: Key) -> Key {
+    Key { default: None, ..key }
+}
+
+/// The table, in the order in which people should read it.
+pub const KEYS: &[Key] = &[
+    hookd(
+        "couchdb_url",
+        Kind::Url,
+        "http://127.0.0.1:5984",
+        "Where CouchDB is. Under `[os_daemons]` leave it out: found from `[chttpd]` or `[httpd]`.",
+    ),
+    optional(hookd("username", Kind::Text, "hookd", "Login at CouchDB.")),
+    optional(hookd("password", Kind::Secret, "/etc/couch-hookd/password", "Its password.")),
+    optional(hookd(
+        "ca_file",
+        Kind::Path,
+        "/etc/couch-hookd/ca.pem",
+        "PEM file with roots to trust beside the system's and Mozilla's.",
+    )),
+    hookd(
+        "state_db",
+        Kind::Database,
+        "couch_hookd",
+        "Database for dead letters, requests and one record per webhook. Made at the start, admins only.",
+    ),
+    hookd("log_level", Kind::Word(&["error", "warn", "info", "debug"]), "info", "What is logged."),
+    hookd("log_format", Kind::Word(&["text", "json"]), "text", "How log lines on stderr look."),
+    optional(hookd(
+        "public_url",
+        Kind::Url,
+        "https://couch.example",
+        "Under what URL people know this CouchDB; begins the `source` of every event.",
+    )),
+    hookd(
+        "register",
+        Kind::Flag,
+        "off",
+        "`on`: CouchDB restarts us when our sections change. `off`: changes are applied live.",
+    ),
+    hookd(
+        "checkpoint_interval",
+        Kind::Duration(ms(200), s(600)),
+        "5s",
+        "The longest time between two checkpoints of a subscription that moves.",
+    ),
+    hookd("deliveries_max", Kind::Count(1, 256), "64", "Deliveries in flight over all webhooks."),
+    hookd(
+        "dead_letters_max",
+        Kind::Count(1, 1_000_000),
+        "10000",
+        "Dead letters of one webhook before it is paused.",
+    ),
+    hookd(
+        "feed_rotate",
+        Kind::Duration(s(1), h(1)),
+        "60s",
+        "How long a filtered request stays open before it is read anew.",
+    ),
+    hookd(
+        "feed_timeout",
+        Kind::Duration(s(1), h(1)),
+        "60s",
+        "How long CouchDB keeps a request open when nothing happens.",
+    ),
+    webhook("watch", Kind::Word(&["changes"]), "changes", "What is told."),
+    optional(webhook(
+        "db",
+        Kind::Databases,
+        "orders, orders-archive",
+        "Databases, by name. Without it: the webhook's own name.",
+    )),
+    webhook(
+        "since",
+        Kind::Word(&["now", "0"]),
+        "now",
+        "For databases that exist when the webhook first starts: `now`, or `0` for all they hold.",
+    ),
+    webhook("events", Kind::Events, "document.*", "Event types: `document.updated`, `document.deleted`."),
+    optional(webhook(
+        "selector",
+        Kind::JsonObject,
+        r#"{"type": "order"}"#,
+        "Mango selector, CouchDB 2.0 and later; JSON on one line. In a file write `\\u003b` for a `;` after a blank.",
+    )),
+    optional(webhook("filter", Kind::DesignFunction, "ddoc/name", "Filter function in a design document.")),
+    optional(webhook(
+        "filter_params",
+        Kind::JsonObject,
+        r#"{"type": "order"}"#,
+        "Query parameters of `filter`.",
+    )),
+    optional(webhook("doc_ids", Kind::JsonStrings, r#"["a", "b"]"#, "Only these documents.")),
+    optional(webhook(
+        "view",
+        Kind::DesignFunction,
+        "ddoc/name",
+        "Only documents that this view's map emits.",
+    )),
+    webhook("include_docs", Kind::Flag, "true", "Whether the document goes into the payload."),
+    webhook("conflicts", Kind::Flag, "false", "Whether a new conflict is told, and conflicts are listed."),
+    webhook("design_docs", Kind::Flag, "false", "Whether design documents are told."),
+    optional(webhook(
+        "secret",
+        Kind::SigningSecrets,
+        "/etc/couch-hookd/orders.secret",
+        "Signing secret `whsec_...`; several, newest first, are separated by commas, and every one signs.",
+    )),
+    optional(webhook("header.*", Kind::Secret, "blue", "An extra request header: `header.x-tenant = blue`.")),
+    webhook("format", Kind::Word(&["standard"]), "standard", "Shape of the payload."),
+    webhook("timeout", Kind::Duration(ms(100), s(600)), "15s", "For one attempt, all of it."),
+    webhook("connect_timeout", Kind::Duration(ms(100), s(60)), "5s", "For connecting, TLS included."),
+    webhook(
+        "concurrency",
+        Kind::Count(1, 256),
+        "8",
+        "Deliveries in flight; `1` is strict order over all documents.",
+    ),
+    webhook(
+        "retry_schedule",
+        Kind::Durations(ms(100), h(24)),
+        "1s, 5s, 15s, 30s, 1m, 2m, 5m",
+        "When to try again; the last step repeats.",
+    ),
+    webhook(
+        "retry_after_max",
+        Kind::Duration(s(0), h(24)),
+        "1h",
+        "The longest `Retry-After` that is believed.",
+    ),
+    webhook(
+        "give_up_after",
+        Kind::Duration(s(1), h(24 * 30)),
+        "24h",
+        "With `concurrency = 1`: how long one failing event may hold up all others.",
+    ),
+    webhook("dead_letter_after", Kind::Count(1, 100), "3", "Tries of an event that is refused."),
+    webhook(
+        "dead_letter_on",
+        Kind::Statuses,
+        "400, 409, 411, 413, 414, 415, 422, 431, 501",
+        "Statuses that suspect the event rather than the endpoint.",
+    ),
+    webhook(
+        "payload_bytes_max",
+        Kind::Size(1024, 16 << 20),
+        "1MiB",
+        "Larger documents are left out of the payload.",
+    ),
+    webhook("paused", Kind::Flag, "false", "Stops the webhook; its place is kept."),
+    optional(webhook(
+        "ca_file",
+        Kind::Path,
+        "/etc/couch-hookd/shop-ca.pem",
+        "PEM file with roots to trust for this endpoint beside the others.",
+    )),
+];
+
+impl fmt::Display for Kind {
+    /// For the reference: `duration, 100ms to 10m`.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Kind::Text => f.write_str("text"),
+            Kind::Secret => f.write_str("text, secret"),
+            Kind::Url => f.write_str("URL"),
+            Kind::Path => f.write_str("path"),
+            Kind::Database => f.write_str("database"),
+            Kind::Databases => f.write_str("databases, by commas"),
+            Kind::Word(words) => write!(f, "`{}`", words.join("`, `")),
+            Kind::Flag => f.write_str("`true` or `false`"),
+            Kind::Duration(min, max) => write!(f, "duration, {} to {}", short(*min), short(*max)),
+            Kind::Durations(min, max) => {
+                write!(f, "durations, {} to {}, by commas", short(*min), short(*max))
+            }
+            Kind::Count(min, max) => write!(f, "number, {min} to {max}"),
+            Kind::Size(min, max) => write!(f, "size, {} to {}", short_size(*min), short_size(*max)),
+            Kind::Statuses => f.write_str("statuses, by commas, or `off`"),
+            Kind::Events => f.write_str("event types, by commas"),
+            Kind::JsonObject => f.write_str("JSON object"),
+            Kind::JsonStrings => f.write_str("JSON array of strings"),
+            Kind::DesignFunction => f.write_str("`DDOC/NAME`"),
+            Kind::SigningSecrets => f.write_str("`whsec_...`, by commas, secret"),
+        }
+    }
+}
+
+/// A duration as one would write it: `500ms`, `90s`, `2m`, `1h`.
+pub fn short(duration: Duration) -> String {
+    match duration.as_millis() {
+        0 => "0s".to_owned(),
+        ms if ms % 1000 != 0 => format!("{ms}ms"),
+        ms if ms % 3_600_000 == 0 => format!("{}h", ms / 3_600_000),
+        ms if ms % 60_000 == 0 => format!("{}m", ms / 60_000),
+        ms => format!("{}s", ms / 1000),
+    }
+}
+
+/// A size as one would write it: `512B`, `64KiB`, `1MiB`.
+pub fn short_size(bytes: u64) -> String {
+    match bytes {
+        bytes if bytes != 0 && bytes % (1 << 20) == 0 => format!("{}MiB", bytes >> 20),
+        bytes if bytes != 0 && bytes % 1024 == 0 => format!("{}KiB", bytes >> 10),
+        bytes => format!("{bytes}B"),
+    }
+}
+
+impl Key {
+    /// Whether its value, or a part of it, must never be shown.
+    pub fn is_secret(&self) -> bool {
+        matches!(self.kind, Kind::Secret | Kind::SigningSecrets | Kind::Url)
+    }
+
+    /// Whether it may be set by `KEY_file`; a path is one already.
+    pub fn takes_file(&self) -> bool {
+        self.kind != Kind::Path
+    }
+}
+
+/// The key that is set by `name`: `header.x-tenant` is `header.*`.
+pub fn find(section: Section, name: &str) -> Option<&'static Key> {
+    let name = match name.strip_prefix("header.") {
+        Some(header) if section == Section::Webhook && !header.is_empty() => "header.*",
+        _ => name,
+    };
+    KEYS.iter().find(|key| key.section == section && key.name == name)
+}
+
+/// The known name of a section that `name` was probably meant to be, with `_file` where `name` ends so.
+pub fn nearest(section: Section, name: &str) -> Option<String> {
+    let lower = name.to_ascii_lowercase().replace('-', "_");
+    let names = KEYS.iter().filter(|key| key.section == section).map(|key| key.name);
+    match lower.strip_suffix("_file") {
+        Some(bare) if lower != "ca_file" => nearest_of(bare, names, 2).map(|name| format!("{name}_file")),
+        _ => nearest_of(&lower, names, 2).map(str::to_owned),
+    }
+}
+
+/// The name that differs least from `word`: by at most a third of its letters, but `always` many at least.
+pub fn nearest_of<'a>(
+    word: &str,
+    names: impl IntoIterator<Item = &'a str>,
+    always: usize,
+) -> Option<&'a str> {
+    let allowed = (word.chars().count() / 3).max(always);
+    let near = names.into_iter().map(|name| (distance(word, name), name));
+    let near = near.filter(|(distance, name)| *distance <= allowed && *distance < name.chars().count());
+    near.min().map(|(_, name)| name)
+}
+
+/// Letters to insert, delete or replace, a swap of two neighbours counting once (optimal string alignment).
+fn distance(from: &str, to: &str) -> usize {
+    let (from, to): (Vec<char>, Vec<char>) = (from.chars().collect(), to.chars().collect());
+    let mut rows: Vec<Vec<usize>> = vec![(0..=to.len()).collect()];
+    for i in 1..=from.len() {
+        let mut row = vec![i];
+        for j in 1..=to.len() {
+            let replaced = rows[i - 1][j - 1] + usize::from(from[i - 1] != to[j - 1]);
+            let mut best = replaced.min(rows[i - 1][j] + 1).min(row[j - 1] + 1);
+            if i > 1 && j > 1 && from[i - 1] == to[j - 2] && from[i - 2] == to[j - 1] {
+                best = best.min(rows[i - 2][j - 2] + 1);
+            }
+            row.push(best);
+        }
+        rows.push(row);
+    }
+    rows[from.len()][to.len()]
+}
+
+/// The README's reference of keys: one table per section, in Markdown.
+pub fn reference_markdown() -> String {
+    let mut text = String::new();
+    for (section, title) in [(Section::Hookd, "[hookd]"), (Section::Webhook, "[hookd.webhook.NAME]")] {
+        text.push_str(&format!("\n`{title}`\n\n| key | value | default | |\n|---|---|---|---|\n"));
+        for key in KEYS.iter().filter(|key| key.section == section) {
+            let default = key.default.map_or_else(String::new, |default| format!("`{default}`"));
+            text.push_str(&format!("| `{}` | {} | {default} | {} |\n", key.name, key.kind, key.text));
+        }
+    }
+    text.trim_start().to_owned()
+}
+
+/// `couchdb-ini/hookd.ini`: for `couch-hookd run`.
+pub fn sample_standalone() -> String {
+    format!(
+        "; couch-hookd beside a CouchDB of any version: /etc/couch-hookd/hookd.ini\n\
+         ; Started by `couch-hookd run`. {SAMPLE_NOTES}\n{}",
+        sample_sections()
+    )
+}
+
+/// `couchdb-ini/local.d-hookd.ini`: for CouchDB 1.1 to 2.2, which starts the daemon itself.
+pub fn sample_os_daemons() -> String {
+    format!(
+        "; couch-hookd started by CouchDB 1.1 to 2.2: put this into CouchDB's local.d directory.\n\
+         ; {SAMPLE_NOTES}\n\n\
+         [os_daemons]\n\
+         ; No blanks in paths and arguments; a comment in this line would end the command.\n\
+         couch_hookd = /usr/bin/couch-hookd os-daemon\n{}",
+        sample_sections()
+    )
+}
+
+const SAMPLE_NOTES: &str = "Lines that begin with ;key show the default or an example.\n\
+    ; Comments stand on their own lines: CouchDB before 3.3 ignores a section header with one behind it.\n\
+    ; Any KEY may be read from a file: KEY_file = PATH.";
+
+fn sample_sections() -> String {
+    let mut text = String::from("\n[hookd]\n");
+    sample_keys(&mut text, Section::Hookd);
+    text.push_str(
+        "\n; The list: NAME = endpoint URL.\n[hookd.webhooks]\n;orders = https://shop.example/hooks/orders\n\n\
+         ; Options of one webhook, all optional.\n[hookd.webhook.orders]\n",
+    );
+    sample_keys(&mut text, Section::Webhook);
+    text
+}
+
+fn sample_keys(text: &mut String, section: Section) {
+    for key in KEYS.iter().filter(|key| key.section == section) {
+        let plain = key.text.replace('`', "");
+        let name = match key.kind {
+            Kind::SigningSecrets => format!("{}_file", key.name),
+            Kind::Secret if key.name != "header.*" => format!("{}_file", key.name),
+            _ => key.name.replace('*', "x-tenant"),
+        };
+        text.push_str(&format!("; {plain}\n;{name} = {}\n", key.example));
+    }
+}

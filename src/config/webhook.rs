@@ -1,0 +1,197 @@
+//! Reads one webhook: its line in `[hookd.webhooks]` and its section `[hookd.webhook.NAME]`.
+//!
+//! Every error here holds back this webhook alone.
+
+use std::collections::BTreeMap;
+use std::fmt::Write;
+
+use sha2::{Digest, Sha256};
+
+use crate::config::finding::{Finding, Value};
+use crate::config::hookd::small;
+use crate::config::keys::{self, Section};
+use crate::config::reader::{self, Reader};
+use crate::config::{Filter, Since, Webhook, values};
+use crate::pure::secret::Secret;
+use crate::pure::url::Url;
+
+/// Whether a webhook may be called so: `[a-z0-9][a-z0-9_-]{0,39}`.
+pub(crate) fn is_name(text: &str) -> bool {
+    let letter = |b: u8| b.is_ascii_lowercase() || b.is_ascii_digit();
+    (1..=40).contains(&text.len())
+        && text.bytes().all(|b| letter(b) || b == b'_' || b == b'-')
+        && text.bytes().next().is_some_and(letter)
+}
+
+/// `None` when there is an error, which is then among `findings`.
+pub(crate) fn parse(
+    name: &str,
+    endpoint: &Value,
+    section: &BTreeMap<String, Value>,
+    state_db: Option<&str>,
+    findings: &mut Vec<Finding>,
+) -> Option<Webhook> {
+    let mut reader = Reader::new(Section::Webhook, Some(name), section);
+    let mut found = check_endpoint(name, endpoint);
+    reader.word("watch", &keys::WATCH_LATER);
+    reader.word("format", &keys::FORMAT_LATER);
+    let webhook = Webhook {
+        name: name.to_owned(),
+        endpoint: Secret::new(endpoint.text.expose().trim()),
+        db: databases(&mut reader, name, state_db),
+        since: since(&mut reader),
+        events: reader.with_default("events", values::events),
+        filter: filter(&mut reader),
+        include_docs: reader.flag("include_docs"),
+        conflicts: reader.flag("conflicts"),
+        design_docs: reader.flag("design_docs"),
+        secrets: secrets(&mut reader),
+        headers: headers(&mut reader),
+        timeout: reader.duration("timeout"),
+        connect_timeout: reader.duration("connect_timeout"),
+        concurrency: small(reader.count("concurrency")),
+        retry_schedule: reader.durations("retry_schedule"),
+        retry_after_max: reader.duration("retry_after_max"),
+        give_up_after: reader.duration("give_up_after"),
+        dead_letter_after: u32::try_from(reader.count("dead_letter_after"))
+            .expect("the table bounds this number"),
+        dead_letter_on: reader.with_default("dead_letter_on", values::statuses),
+        payload_bytes_max: usize::try_from(reader.size("payload_bytes_max"))
+            .expect("the table bounds this size"),
+        paused: reader.flag("paused"),
+        ca_file: reader.path("ca_file"),
+        fingerprint: fingerprint(endpoint, section),
+    };
+    found.extend(reader.into_findings());
+    let fine = !found.iter().any(Finding::is_error);
+    findings.extend(found);
+    fine.then_some(webhook)
+}
+
+fn check_endpoint(name: &str, endpoint: &Value) -> Vec<Finding> {
+    let place = reader::place(Some(endpoint), "hookd.webhooks", name);
+    match Url::parse(endpoint.text.expose().trim()) {
+        Err(why) => vec![Finding::error(Some(name), place, why)],
+        Ok(url) if !url.is_https() && !url.is_loopback() => {
+            let message =
+                format!("payloads go to {url} unencrypted; write https:// where the endpoint takes it");
+            vec![Finding::warning(Some(name), place, message)]
+        }
+        Ok(_) => Vec::new(),
+    }
+}
+
+fn databases(reader: &mut Reader<'_>, name: &str, state_db: Option<&str>) -> Vec<String> {
+    let parse = |text: &str| {
+        let mut names = Vec::new();
+        for part in values::list(text) {
+            let database = values::database(part)?;
+            if Some(part) == state_db {
+                return Err(format!("`{part}` is [hookd] state_db, which cannot be watched"));
+            }
+            if !names.contains(&database) {
+                names.push(database);
+            }
+        }
+        if names.is_empty() {
+            Err("expected databases, separated by commas, got none".to_owned())
+        } else {
+            Ok(names)
+        }
+    };
+    if reader.is_set("db") {
+        return reader.read("db", parse).unwrap_or_default();
+    }
+    parse(name).unwrap_or_else(|why| {
+        reader.error("db", format!("without it the webhook's own name counts: {why}"));
+        Vec::new()
+    })
+}
+
+fn since(reader: &mut Reader<'_>) -> Since {
+    reader.with_default("since", |text| match text {
+        "now" => Ok(Since::Now),
+        "0" => Ok(Since::Beginning),
+        _ => Err(format!(
+            "expected `now` or `0`, got `{}`; a sequence is for `couch-hookd seek`",
+            values::shown(text)
+        )),
+    })
+}
+
+fn filter(reader: &mut Reader<'_>) -> Option<Filter> {
+    let set: Vec<&str> =
+        ["selector", "filter", "doc_ids", "view"].into_iter().filter(|key| reader.is_set(key)).collect();
+    if let [first, .., last] = set[..] {
+        reader.error(
+            last,
+            format!("expected one kind of filter, got `{first}` and `{last}`; delete one of them"),
+        );
+    }
+    let params = reader.read("filter_params", values::params);
+    if reader.is_set("filter_params") && !reader.is_set("filter") {
+        reader.error("filter_params", "expected `filter` beside it, got none");
+    }
+    let selector = reader.read("selector", values::json_object).map(Filter::Selector);
+    let doc_ids = reader.read("doc_ids", values::json_strings).map(Filter::DocIds);
+    let view = reader.read("view", values::design_function).map(Filter::View);
+    let function = reader
+        .read("filter", values::design_function)
+        .map(|name| Filter::Function { name, params: params.unwrap_or_default() });
+    selector.or(doc_ids).or(view).or(function)
+}
+
+fn secrets(reader: &mut Reader<'_>) -> Vec<Secret> {
+    let parse = |text: &str| {
+        let parts: Vec<&str> =
+            text.split([',', ' ', '\t', '\n', '\r']).filter(|part| !part.is_empty()).collect();
+        for (index, part) in parts.iter().enumerate() {
+            values::signing_secret(part).map_err(|why| match parts.len() {
+                1 => why,
+                _ => format!("secret {} of {}: {why}", index + 1, parts.len()),
+            })?;
+        }
+        Ok(parts.into_iter().map(Secret::new).collect::<Vec<_>>())
+    };
+    if !reader.is_set("secret") {
+        let message = "there is none: receivers cannot tell our requests from forged ones; \
+            `couch-hookd secret` prints a new one";
+        reader.warning("secret", message);
+    }
+    reader.read("secret", parse).unwrap_or_default()
+}
+
+fn headers(reader: &mut Reader<'_>) -> Vec<(String, Secret)> {
+    let mut headers: Vec<(String, Secret)> = Vec::new();
+    for (name, value) in reader.starting_with("header.") {
+        let key = format!("header.{name}");
+        let text = value.text.expose().trim();
+        match values::header_name(name).and_then(|name| values::header_value(text).map(|()| name)) {
+            Ok(name) if headers.iter().any(|(other, _)| *other == name) => {
+                reader.error(&key, format!("the header `{name}` is set twice"));
+            }
+            Ok(name) => headers.push((name, Secret::new(text))),
+            Err(why) => reader.error(&key, why),
+        }
+    }
+    headers
+}
+
+/// The same for the same URL and the same set of keys and values, in whatever order they stand.
+fn fingerprint(endpoint: &Value, section: &BTreeMap<String, Value>) -> String {
+    let mut hash = Sha256::new();
+    let mut add = |text: &str| {
+        // The length in front keeps `a` + `bc` apart from `ab` + `c`.
+        hash.update((text.len() as u64).to_be_bytes());
+        hash.update(text.as_bytes());
+    };
+    add(endpoint.text.expose().trim());
+    for (key, value) in section {
+        add(key);
+        add(value.text.expose().trim());
+    }
+    hash.finalize().iter().fold(String::with_capacity(64), |mut hex, byte| {
+        let _ = write!(hex, "{byte:02x}");
+        hex
+    })
+}

@@ -1,0 +1,122 @@
+//! Stores checkpoints, for all webhooks, at a pace that CouchDB bears.
+//!
+//! Guarantees: at most ten a second (each costs CouchDB 4 ms and 4 KiB of file, CONTRACT §9); always with the
+//! `_rev` of the last read or write; on 1.x never after the server was started again since the position was read
+//! (its numbers may have been used twice). 2.x and 3.x check no `_rev` (CONTRACT §6), so this is no lock.
+
+use std::time::{Duration, Instant};
+
+use crossbeam_channel::{Receiver, Sender, bounded};
+
+use crate::couch::client::{Limits, Server};
+use crate::couch::local_docs;
+use crate::error::{Error, Kind, Result};
+use crate::pure::checkpoint::{Checkpoint, DeliveredId, Mark, StateKey};
+use crate::pure::dispatch::FlowIndex;
+use crate::pure::flow::Position;
+use crate::sys::{self, Thread};
+
+/// Between two checkpoints, on average.
+const PACE: Duration = Duration::from_millis(100);
+/// So many may go at once after a quiet time.
+const BURST: u32 = 10;
+/// Subscriptions that may wait for their turn; one each.
+const WAITING_MAX: usize = 16 * 1024;
+
+/// One checkpoint to store, and where to say how it went.
+pub struct Job {
+    /// Where.
+    pub server: Server,
+    /// The database that it is about, and lies in.
+    pub db: String,
+    /// Name of the webhook.
+    pub webhook: String,
+    /// Signs it.
+    pub key: StateKey,
+    /// What it says.
+    pub position: Position,
+    /// 1.x: `instance_start_time` when the feed was opened.
+    pub life: Option<String>,
+    /// Not paced, and not waited for longer than this: the process is ending.
+    pub hurry: Option<Duration>,
+    /// Names it in the answer.
+    pub flow: FlowIndex,
+    /// Where the answer goes.
+    pub to: Sender<Stored>,
+}
+
+/// How it went: the new `_rev`.
+pub struct Stored {
+    /// Which.
+    pub flow: FlowIndex,
+    /// The new `_rev`.
+    pub result: Result<String>,
+}
+
+/// Takes jobs. Cheap to clone; the thread ends when the last one is gone.
+pub type CheckpointSender = Sender<Job>;
+
+/// Starts the thread.
+///
+/// # Errors
+/// `Io` when no thread can be started.
+pub fn start() -> Result<(CheckpointSender, Thread)> {
+    let (to, jobs) = bounded(WAITING_MAX);
+    Ok((to, sys::spawn("checkpointer", move || run(&jobs))?))
+}
+
+fn run(jobs: &Receiver<Job>) {
+    // The time at which the next one is due if all had come at the pace.
+    let mut due = sys::now();
+    while let Ok(job) = jobs.recv() {
+        if job.hurry.is_none() {
+            due = pace(due, sys::now());
+        }
+        let flow = job.flow;
+        let result = store(&job);
+        // Nobody listens any more when the webhook was stopped meanwhile.
+        let _ = job.to.send(Stored { flow, result });
+    }
+}
+
+/// Waits for the turn; gives when the next one is due.
+fn pace(due: Instant, now: Instant) -> Instant {
+    let earliest = now.checked_sub(PACE * BURST).unwrap_or(now);
+    let due = due.max(earliest);
+    if due > now {
+        sys::sleep(due - now);
+    }
+    due + PACE
+}
+
+fn store(job: &Job) -> Result<String> {
+    let mark = Mark::parse(&job.position.mark).expect("marks in flows come from databases");
+    if job.life.is_some() && !local_docs::is_same(&job.server, &job.db, &mark, job.life.as_deref())? {
+        return Err(Error::new(Kind::Conflict, "the server was started again, or the database is another one"));
+    }
+    let checkpoint = Checkpoint {
+        through_seq: job.position.through_seq.clone(),
+        mark,
+        delivered: job.position.delivered.iter().map(|short| DeliveredId(*short)).collect(),
+        time: sys::wall(),
+        version: env!("CARGO_PKG_VERSION").to_owned(),
+    };
+    let rev = job.position.rev.as_deref();
+    match write(job, &checkpoint, rev) {
+        Err(error) if error.kind() == Kind::Conflict => {
+            // Somebody else wrote it: an earlier life of ours whose request was still on its way, or another
+            // daemon. Ours is read from this feed and is true; it goes over what is there.
+            let rev = local_docs::checkpoint_rev(&job.server, &job.db, &job.webhook)?;
+            write(job, &checkpoint, rev.as_deref())
+        }
+        result => result,
+    }
+}
+
+fn write(job: &Job, checkpoint: &Checkpoint, rev: Option<&str>) -> Result<String> {
+    let limits = match job.hurry {
+        Some(hurry) => Limits { deadline: Some(hurry), ..Limits::default() },
+        None => Limits::default(),
+    };
+    local_docs::write_checkpoint_within(&job.server, &job.db, &job.webhook, &job.key, checkpoint, rev, limits)
+}

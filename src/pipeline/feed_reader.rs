@@ -1,0 +1,312 @@
+//! A subscription's thread: reads one thing of a database when told to, and hands it on.
+//!
+//! Guarantees (DESIGN §7) that mark, then checkpoint, are read before a feed is opened anew, and the mark before
+//! every further request, on 1.x with the server's life; that rows are handed on after every read; that an
+//! unfiltered feed silent for longer than its `timeout` is given up and a filtered one is not. What to read and
+//! when is `pure::flow`'s.
+
+use std::collections::HashMap;
+use std::ops::ControlFlow;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use crossbeam_channel::{Receiver, Sender, bounded};
+
+use crate::config;
+use crate::couch::client::Generation;
+use crate::couch::feed::{Feed, FeedCloser, FeedEnd, FeedKind, FeedRequest};
+use crate::couch::local_docs;
+use crate::error::{Error, Kind, Result};
+use crate::pipeline::Shared;
+use crate::pure::changes::Item;
+use crate::pure::checkpoint::Mark;
+use crate::pure::dispatch::FlowIndex;
+use crate::pure::flow::{Opened, Read, ReadFault};
+use crate::pure::message::{Arrived, Telling};
+use crate::pure::seq::Seq;
+use crate::sys::{self, Thread};
+
+/// A feed without filter that is silent for this much longer than its `timeout` is dead.
+const SILENCE_MARGIN: Duration = Duration::from_secs(10);
+/// A filtered page may scan for long before its first byte; doubled after each miss.
+const FILTERED_DEADLINE: Duration = Duration::from_secs(30 * 60);
+/// A row may be this much longer than the longest document that is kept, in bytes.
+const ROW_MARGIN: usize = 64 * 1024;
+/// How often a reader that waits for its turn at a filtered page looks whether it is to end.
+const TURN_CHECK: Duration = Duration::from_millis(200);
+
+/// What a reader gives.
+#[derive(Debug)]
+pub enum Fed {
+    /// Answer to [`Read::Open`], with the mark to be remembered.
+    Opened(FlowIndex, Opened, Mark),
+    /// Rows of what is being read.
+    Rows(FlowIndex, Vec<Arrived>),
+    /// The end of it; `closed`: because of [`Reader::close`].
+    End { flow: FlowIndex, last_seq: Option<Seq>, pending: Option<u64>, closed: bool },
+    /// The end of it, or of the opening, by a fault.
+    Failed(FlowIndex, ReadFault, Option<Error>),
+}
+
+/// A running reader.
+pub struct Reader {
+    commands: Sender<(Read, Option<Mark>)>,
+    closer: FeedCloser,
+    stopping: Arc<AtomicBool>,
+    thread: Thread,
+}
+
+impl Reader {
+    /// Starts the thread; it reads nothing yet.
+    ///
+    /// # Errors
+    /// `Io` when no thread can be started.
+    pub fn start(
+        shared: &Shared,
+        webhook: &config::Webhook,
+        telling: Telling,
+        flow: FlowIndex,
+        to: Sender<Fed>,
+    ) -> Result<Reader> {
+        let feed = Feed::new(&shared.server);
+        let closer = feed.closer();
+        let (commands, orders) = bounded(1);
+        let stopping = Arc::new(AtomicBool::new(false));
+        let name = format!("feed:{}/{}", webhook.name, telling.db);
+        let state = State {
+            shared: shared.clone(),
+            filter: webhook.filter.clone(),
+            telling,
+            flow,
+            to,
+            feed,
+            opened: None,
+            generation: Generation::Three,
+            misses: 0,
+            stopping: Arc::clone(&stopping),
+        };
+        let thread = sys::spawn(&name, move || state.run(&orders))?;
+        Ok(Reader { commands, closer, stopping, thread })
+    }
+
+    /// Orders one reading; never waits. `known_mark` is what the webhook's record says of the database.
+    pub fn read(&self, read: Read, known_mark: Option<Mark>) {
+        self.commands.try_send((read, known_mark)).expect("a flow orders one reading at a time");
+    }
+
+    /// Ends what is being read.
+    pub fn close(&self) {
+        self.closer.close();
+    }
+
+    /// Ends the thread as soon as it can be woken; it is joined with the value given.
+    pub fn stop(self) -> Thread {
+        self.stopping.store(true, Ordering::SeqCst);
+        self.closer.close();
+        self.thread
+    }
+}
+
+/// What was found when the feed was opened, to be compared before further requests.
+struct Known {
+    mark: Mark,
+    life: Option<String>,
+}
+
+struct State {
+    shared: Shared,
+    filter: Option<config::Filter>,
+    telling: Telling,
+    flow: FlowIndex,
+    to: Sender<Fed>,
+    feed: Feed,
+    opened: Option<Known>,
+    generation: Generation,
+    misses: u32,
+    stopping: Arc<AtomicBool>,
+}
+
+impl State {
+    fn run(mut self, orders: &Receiver<(Read, Option<Mark>)>) {
+        while let Ok((read, known_mark)) = orders.recv() {
+            if self.stopping.load(Ordering::SeqCst) {
+                return;
+            }
+            let fed = match read {
+                Read::Open => self.open(known_mark.as_ref()),
+                Read::Page { since, limit } => {
+                    let limit = u32::try_from(limit).unwrap_or(u32::MAX);
+                    self.read(since, FeedKind::Page { limit })
+                }
+                Read::Wait { since } => {
+                    let timeout = self.shared.hookd.feed_timeout;
+                    self.read(since, FeedKind::Continuous { timeout })
+                }
+            };
+            let fed = fed.unwrap_or_else(|error| Fed::Failed(self.flow, fault_of(&error), Some(error)));
+            if self.to.send(fed).is_err() {
+                return;
+            }
+        }
+    }
+
+    fn open(&mut self, known_mark: Option<&Mark>) -> Result<Fed> {
+        let Shared { server, key, .. } = &self.shared;
+        let (db, webhook) = (&self.telling.db, &self.telling.webhook);
+        // The server may be another one than at our start: upgraded, or moved to.
+        self.generation = server.welcome()?.generation;
+        if self.generation == Generation::One && matches!(self.filter, Some(config::Filter::Selector(_))) {
+            let found = "`selector` needs CouchDB 2.0 or later, and this server is older; use a filter function \
+                (`filter = ddoc/name`) instead";
+            return Err(Error::new(Kind::BadRequest, found));
+        }
+        let stopping = Arc::clone(&self.stopping);
+        let pause = move |duration: Duration| {
+            let until = sys::now() + duration;
+            while sys::now() < until && !stopping.load(Ordering::SeqCst) {
+                sys::sleep(TURN_CHECK.min(duration));
+            }
+        };
+        let opened = local_docs::open(server, self.generation, db, webhook, key, known_mark, &pause)?;
+        let place = format!("webhook `{webhook}`, database `{db}`");
+        if let Some(why) = &opened.not_believed {
+            log::error!("{place}: the stored checkpoint is not believed ({why}); reading from the beginning");
+        }
+        if opened.rolled_back {
+            log::warn!(
+                "{place}: CouchDB lost changes that were read (it was killed, or restored from a backup); reading from \
+                 the beginning"
+            );
+        }
+        self.opened = Some(Known { mark: opened.mark, life: opened.life });
+        let checkpoint = opened.checkpoint.map(|checkpoint| {
+            let delivered = checkpoint.delivered.iter().map(|id| id.0).collect();
+            (checkpoint.through_seq, delivered)
+        });
+        let found = Opened {
+            mark: opened.mark.to_string(),
+            recreated: opened.recreated && checkpoint.is_none(),
+            checkpoint,
+            rev: opened.checkpoint_rev,
+            doc_count: opened.doc_count,
+        };
+        Ok(Fed::Opened(self.flow, found, opened.mark))
+    }
+
+    /// One request for rows, after a look whether the database is still the one that was opened.
+    fn read(&mut self, since: Seq, kind: FeedKind) -> Result<Fed> {
+        let known = self.opened.as_ref().expect("a feed is opened before it is read");
+        let (db, life) = (&self.telling.db, known.life.as_deref());
+        if !local_docs::is_same(&self.shared.server, db, &known.mark, life)? {
+            return Ok(Fed::Failed(self.flow, ReadFault::Changed, None));
+        }
+        let mark = known.mark.to_string();
+        let filtered = self.filter.is_some();
+        let is_page = matches!(kind, FeedKind::Page { .. });
+        let request = FeedRequest {
+            db: db.clone(),
+            since,
+            kind,
+            filter: self.filter.clone(),
+            include_docs: self.telling.include_docs,
+            conflicts: self.telling.conflicts,
+            doc_bytes_max: self.telling.payload_bytes_max + ROW_MARGIN,
+            silence: (!filtered).then_some(self.shared.hookd.feed_timeout + SILENCE_MARGIN),
+            deadline: (filtered && is_page).then(|| FILTERED_DEADLINE * 2_u32.pow(self.misses.min(6))),
+        };
+        let pages = Arc::clone(&self.shared.filtered_pages);
+        let _turn = match filtered && is_page {
+            true => match pages.turn(db, &self.stopping) {
+                Some(turn) => Some(turn),
+                None => return Ok(self.end(None, None, true)),
+            },
+            false => None,
+        };
+        let (flow, to, telling) = (self.flow, &self.to, &self.telling);
+        let mut end = (None, None);
+        let result = self.feed.read(&request, &mut |items: &mut Vec<Item>| {
+            let read_at = sys::wall();
+            let mut rows = Vec::with_capacity(items.len());
+            for item in items.drain(..) {
+                match item {
+                    Item::Row(row) => rows.push(telling.arrived(row, &mark, read_at)),
+                    Item::End { last_seq, pending } => end = (last_seq, pending),
+                    // The feed makes an error of it.
+                    Item::Fault { .. } => {}
+                }
+            }
+            match rows.is_empty() || to.send(Fed::Rows(flow, rows)).is_ok() {
+                true => ControlFlow::Continue(()),
+                false => ControlFlow::Break(()),
+            }
+        });
+        if let Err(error) = &result
+            && error.kind() == Kind::Timeout
+            && filtered
+        {
+            self.misses += 1;
+        } else {
+            self.misses = 0;
+        }
+        let closed = result? != FeedEnd::Complete;
+        Ok(self.end(end.0, end.1, closed))
+    }
+
+    fn end(&self, last_seq: Option<Seq>, pending: Option<u64>, closed: bool) -> Fed {
+        Fed::End { flow: self.flow, last_seq, pending, closed }
+    }
+}
+
+/// What a failed reading means to the flow.
+fn fault_of(error: &Error) -> ReadFault {
+    match error.kind() {
+        Kind::BadRequest | Kind::Server | Kind::Malformed => ReadFault::Refused,
+        _ => ReadFault::Lost,
+    }
+}
+
+/// One filtered page per database at a time.
+#[derive(Debug, Default)]
+pub struct FilteredPages {
+    turns: Mutex<HashMap<String, Turns>>,
+}
+
+/// Holds the single token of a database while nobody reads.
+type Turns = (Sender<()>, Receiver<()>);
+
+/// Somebody's turn; given back when dropped.
+struct Turn {
+    back: Sender<()>,
+}
+
+impl Drop for Turn {
+    fn drop(&mut self) {
+        // Nobody listens any more when the process ends.
+        let _ = self.back.try_send(());
+    }
+}
+
+impl FilteredPages {
+    /// Waits for the turn; `None` when told to stop.
+    fn turn(&self, db: &str, stopping: &AtomicBool) -> Option<Turn> {
+        let (back, token) = {
+            let mut turns = self.turns.lock().expect("no thread panics with this lock");
+            turns.entry(db.to_owned()).or_insert_with(new_turns).clone()
+        };
+        loop {
+            if token.recv_timeout(TURN_CHECK).is_ok() {
+                return Some(Turn { back });
+            }
+            if stopping.load(Ordering::SeqCst) {
+                return None;
+            }
+        }
+    }
+}
+
+fn new_turns() -> Turns {
+    let (back, token) = bounded(1);
+    back.try_send(()).expect("it has room for one");
+    (back, token)
+}

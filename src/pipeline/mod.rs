@@ -1,0 +1,48 @@
+//! Everything that runs for one webhook: reading, delivering, storing.
+//!
+//! ```text
+//! feed:NAME/DB --rows--> webhook:NAME (drives pure::dispatch) --attempts--> worker:NAME, on demand
+//!      ^  reads on command    |   ^------------ outcomes --------------------'
+//!                             |--> store:NAME      dead letters, look-ups, the webhook's record
+//!                             '--> checkpointer    one for the process, paced
+//! ```
+//!
+//! A webhook's parts are started by its own thread, which joins them. Nothing here decides what is told, tried
+//! again or finished: that is `pure`.
+
+pub mod activation;
+pub mod checkpointer;
+pub mod dispatcher;
+pub mod feed_reader;
+pub mod permits;
+pub mod store;
+pub mod webhook;
+
+use std::sync::Arc;
+
+use crate::couch::client::Server;
+use crate::pipeline::checkpointer::CheckpointSender;
+use crate::pipeline::feed_reader::FilteredPages;
+use crate::pipeline::permits::Permits;
+use crate::pure::checkpoint::StateKey;
+
+/// What all webhooks of the process share.
+#[derive(Clone)]
+pub struct Shared {
+    /// The watched CouchDB.
+    pub server: Server,
+    /// Name of the database for dead letters and records.
+    pub state_db: String,
+    /// Key of the checkpoints, from `state_db`.
+    pub key: StateKey,
+    /// `source` of payloads, up to the database's name: `https://couch.example` or `urn:couchdb:UUID`.
+    pub source: String,
+    /// Deliveries in flight and payload held, over all webhooks.
+    pub permits: Arc<Permits>,
+    /// Where checkpoints go.
+    pub checkpoints: CheckpointSender,
+    /// One filtered page per database at a time: hanging up does not stop the server's scan.
+    pub filtered_pages: Arc<FilteredPages>,
+    /// Times of `[hookd]`.
+    pub hookd: Arc<crate::config::Hookd>,
+}

@@ -1,0 +1,639 @@
+//! One subscription (a webhook on a database): rows in; deliveries, positions and checkpoints out.
+//!
+//! Guarantees (DESIGN §2, §7, §8): the checkpoint never passes a change that is neither delivered nor stored as
+//! a dead letter nor replaced by a newer one that is unfinished or finished behind it; after a lost connection
+//! reading goes on from the *stored* checkpoint; a page's `last_seq` counts only when the page was not full;
+//! what was told is recognised by its id and not told again while that is remembered. Knows no endpoint, does
+//! no I/O: [`Flow::next_read`] and [`Flow::next_checkpoint`] say what the shell has to do.
+//!
+//! ```text
+//!  Open --ok--> Page --full--> Page ... --not full--> Wait --timeout--> Wait ...
+//!   ^            |                                     |  filtered: after `feed_rotate`, closed, one Page
+//!   |            '---- no room: closed, Page later ----'
+//!   '-- any error, mark changed: wait a little, then Open: read mark, checkpoint, begin behind it
+//! ```
+
+use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
+use std::time::{Duration, Instant};
+
+use crate::pure::lanes::Lanes;
+use crate::pure::message::{Arrived, Event};
+use crate::pure::seq::Seq;
+use crate::pure::watermark::Watermark;
+
+/// Rows of a page, at most: pages of 100 read half as fast as pages of 1,000 (DESIGN §8).
+pub const PAGE_ROWS: usize = 1_000;
+/// Deliveries remembered against rewinds.
+const TOLD_MAX: usize = 10_000;
+/// Deliveries beyond `through_seq` that a checkpoint names.
+const BEYOND_MAX: usize = 1_000;
+/// The first checkpoint after the first delivery comes this soon: kills that come faster must not stop it moving.
+const CHECKPOINT_FIRST: Duration = Duration::from_millis(200);
+/// A subscription that falls idle stores at once, but not more often than this.
+const CHECKPOINT_IDLE: Duration = Duration::from_millis(500);
+/// Waits after errors of reading; the last repeats.
+const REOPEN_AFTER: [Duration; 5] = [
+    Duration::from_millis(100),
+    Duration::from_millis(500),
+    Duration::from_secs(1),
+    Duration::from_secs(2),
+    Duration::from_secs(5),
+];
+/// Wait after the same fault at the same position, [`SAME_FAULTS`] times.
+const REOPEN_FAULTY: Duration = Duration::from_secs(300);
+/// So often the same fault at the same position is tried at the usual pace.
+const SAME_FAULTS: u32 = 3;
+/// A first page that has more than this ahead, and half of the database, means that the feed was rewound.
+const REWOUND_CHANGES: u64 = 10_000;
+
+/// What was found when a feed was opened.
+#[derive(Debug, Clone)]
+pub struct Opened {
+    /// The database's mark as it is now.
+    pub mark: String,
+    /// What a checkpoint says that is believed: `through_seq` and the short ids delivered beyond it.
+    pub checkpoint: Option<(Seq, Vec<u64>)>,
+    /// `_rev` to write the next checkpoint with.
+    pub rev: Option<String>,
+    /// Whether this is another database of the same name than the one known.
+    pub recreated: bool,
+    /// Documents in it, for noticing rewinds.
+    pub doc_count: u64,
+}
+
+/// What the shell is to read.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Read {
+    /// Read mark and checkpoint, then answer with [`Flow::on_opened`].
+    Open,
+    /// One page of at most `limit` rows.
+    Page {
+        /// Behind this.
+        since: Seq,
+        /// Rows.
+        limit: usize,
+    },
+    /// A request that stays open.
+    Wait {
+        /// Behind this.
+        since: Seq,
+    },
+}
+
+/// How a reading failed, as far as the flow cares.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ReadFault {
+    /// The database bears another mark, or its server was restarted (1.x): open anew, at once.
+    Changed,
+    /// CouchDB refuses this request: missing filter, filter that throws, rows that cannot be read.
+    Refused,
+    /// Everything else: connection, timeout, login, no database.
+    Lost,
+}
+
+/// What is to be said.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Notice {
+    /// Deleted and created again: read from its beginning.
+    Recreated,
+    /// More than half of the database lies ahead of the checkpoint.
+    Rewound {
+        /// Changes ahead.
+        pending: u64,
+    },
+}
+
+/// A checkpoint to be stored.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Position {
+    /// All up to here is finished.
+    pub through_seq: Seq,
+    /// The mark of the database that it is a place in.
+    pub mark: String,
+    /// Short ids of what is delivered beyond it.
+    pub delivered: Vec<u64>,
+    /// `_rev` to write with.
+    pub rev: Option<String>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Reading {
+    /// Nothing is open; `next` tells what would be.
+    Idle,
+    /// Nothing until then.
+    Parked(Instant),
+    Opening,
+    Page {
+        limit: usize,
+        n_rows: usize,
+    },
+    Waiting {
+        since: Instant,
+    },
+    /// We asked the shell to close.
+    Closing,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Next {
+    Open,
+    Page,
+    Wait,
+}
+
+/// The machine.
+#[derive(Debug)]
+pub struct Flow {
+    /// With a filter on CouchDB's side an open request may never end by itself.
+    rotate: Option<Duration>,
+    reading: Reading,
+    next: Next,
+    first_page: bool,
+    doc_count: u64,
+    failures: u32,
+    same_fault: (Option<Seq>, u32),
+    mark: Option<String>,
+    watermark: Watermark,
+    lanes: Lanes,
+    told: Told,
+    beyond: Beyond,
+    /// Short ids that the stored checkpoint named; until the feed was once read to its end.
+    restored: HashSet<u64>,
+    clock: CheckpointClock,
+    notices: Vec<Notice>,
+}
+
+impl Flow {
+    /// `filtered`: CouchDB filters this feed; then a request is read anew every `rotate`. `strict`: one lane.
+    pub fn new(strict: bool, filtered: bool, rotate: Duration, checkpoint_interval: Duration) -> Flow {
+        Flow {
+            rotate: filtered.then_some(rotate),
+            reading: Reading::Idle,
+            next: Next::Open,
+            first_page: true,
+            doc_count: 0,
+            failures: 0,
+            same_fault: (None, 0),
+            mark: None,
+            watermark: Watermark::new(Seq::zero(), 0),
+            lanes: Lanes::new(strict),
+            told: Told::default(),
+            beyond: Beyond::default(),
+            restored: HashSet::new(),
+            clock: CheckpointClock::new(checkpoint_interval),
+            notices: Vec::new(),
+        }
+    }
+
+    /// The lanes, for whoever starts deliveries.
+    pub fn lanes(&mut self) -> &mut Lanes {
+        &mut self.lanes
+    }
+
+    /// Unfinished events.
+    pub fn n_pending(&self) -> usize {
+        self.lanes.len()
+    }
+
+    /// What they weigh, in bytes.
+    pub fn bytes(&self) -> usize {
+        self.lanes.bytes()
+    }
+
+    /// Rows that a page in progress may still bring.
+    pub fn n_expected(&self) -> usize {
+        match self.reading {
+            Reading::Page { limit, n_rows } => limit.saturating_sub(n_rows),
+            _ => 0,
+        }
+    }
+
+    /// The mark of the database, once it was opened.
+    pub fn mark(&self) -> Option<&str> {
+        self.mark.as_deref()
+    }
+
+    /// What there is to say since the last call.
+    pub fn take_notices(&mut self) -> Vec<Notice> {
+        std::mem::take(&mut self.notices)
+    }
+
+    // --- Reading -----------------------------------------------------------------------------------------
+
+    /// What to read now, if anything; `room` is for how many more events there is. Call again after every
+    /// input. The shell answers with `on_opened` or `on_rows`, then `on_end`, or `on_read_failed`.
+    pub fn next_read(&mut self, room: usize, now: Instant) -> Option<Read> {
+        if let Reading::Parked(until) = self.reading
+            && until <= now
+        {
+            self.reading = Reading::Idle;
+        }
+        if self.reading != Reading::Idle || room == 0 {
+            return None;
+        }
+        match self.next {
+            Next::Open if self.clock.writing => None,
+            Next::Open => {
+                self.reading = Reading::Opening;
+                Some(Read::Open)
+            }
+            Next::Page => {
+                let limit = room.min(PAGE_ROWS);
+                self.reading = Reading::Page { limit, n_rows: 0 };
+                Some(Read::Page { since: self.watermark.read_seq().clone(), limit })
+            }
+            Next::Wait => {
+                self.reading = Reading::Waiting { since: now };
+                Some(Read::Wait { since: self.watermark.read_seq().clone() })
+            }
+        }
+    }
+
+    /// Whether what is open should be closed: no room for more rows, or time to read a filtered feed anew.
+    /// Once true, the shell closes and answers with `on_end` or `on_read_failed`.
+    pub fn should_close(&mut self, has_room: bool, now: Instant) -> bool {
+        let close = match self.reading {
+            Reading::Page { .. } => !has_room,
+            Reading::Waiting { since } => {
+                !has_room || self.rotate.is_some_and(|rotate| now >= since + rotate)
+            }
+            Reading::Idle | Reading::Parked(_) | Reading::Opening | Reading::Closing => false,
+        };
+        if close {
+            self.reading = Reading::Closing;
+            self.next = Next::Page;
+        }
+        close
+    }
+
+    /// Whether only room is missing to go on reading.
+    pub fn wants_room(&self) -> bool {
+        self.reading == Reading::Idle
+    }
+
+    /// When reading changes by time alone.
+    pub fn next_reading_deadline(&self) -> Option<Instant> {
+        match self.reading {
+            Reading::Parked(until) => Some(until),
+            Reading::Waiting { since } => self.rotate.map(|rotate| since + rotate),
+            Reading::Idle | Reading::Opening | Reading::Page { .. } | Reading::Closing => None,
+        }
+    }
+
+    /// Mark and checkpoint were read.
+    pub fn on_opened(&mut self, opened: Opened) {
+        debug_assert_eq!(self.reading, Reading::Opening);
+        let other = self.mark.as_ref().is_some_and(|mark| *mark != opened.mark);
+        if opened.recreated || other {
+            self.notices.push(Notice::Recreated);
+            self.told = Told::default();
+            self.lanes.forget_waiting();
+        }
+        let checkpoint = opened.checkpoint.filter(|_| !opened.recreated);
+        self.clock.opened(opened.rev, checkpoint.as_ref().map(|(through_seq, _)| through_seq));
+        let (through_seq, delivered) = checkpoint.unwrap_or_else(|| (Seq::zero(), Vec::new()));
+        self.mark = Some(opened.mark);
+        self.watermark = Watermark::new(through_seq, self.watermark.next_ordinal());
+        self.beyond = Beyond::default();
+        self.restored = delivered.into_iter().collect();
+        self.doc_count = opened.doc_count;
+        self.first_page = true;
+        self.reading = Reading::Idle;
+        self.next = Next::Page;
+    }
+
+    /// Rows arrived, in the feed's order.
+    pub fn on_rows(&mut self, rows: Vec<Arrived>, now: Instant) {
+        if let Reading::Page { n_rows, .. } = &mut self.reading {
+            *n_rows += rows.len();
+        }
+        for row in rows {
+            self.arrive(row);
+        }
+        self.settle(now);
+    }
+
+    fn arrive(&mut self, Arrived { seq, event }: Arrived) {
+        let Some(event) = event else {
+            self.watermark.arrive_finished(seq);
+            return;
+        };
+        if self.was_told(&event) {
+            let ordinal = self.watermark.arrive_finished(seq);
+            self.restored.remove(&event.id.short());
+            self.told.insert(event.doc_key(), event.id.short());
+            self.note_beyond(ordinal, event.doc_key(), event.id.short());
+            return;
+        }
+        let ordinal = self.watermark.arrive(seq);
+        if let Some(finished) = self.lanes.arrive(event, ordinal) {
+            self.watermark.finish(finished);
+        }
+    }
+
+    /// Whether this event is the last thing told about its document. Not "was ever told": when the winner of a
+    /// conflict is deleted, a revision told long ago wins again and must be told again.
+    fn was_told(&self, event: &Event) -> bool {
+        if self.lanes.newest(&event.doc_id).is_some() {
+            return false;
+        }
+        match self.told.last(event.doc_key()) {
+            Some(short) => short == event.id.short(),
+            None => self.restored.contains(&event.id.short()),
+        }
+    }
+
+    /// The request ended as it should, or because we closed it (`closed`). `last_seq` is what CouchDB gave.
+    pub fn on_end(&mut self, last_seq: Option<Seq>, pending: Option<u64>, closed: bool, now: Instant) {
+        let to_the_end = match self.reading {
+            Reading::Page { limit, n_rows } => {
+                self.note_rewind(pending, n_rows);
+                // Behind the last_seq of a full page a filter may have dropped rows that match (CONTRACT §6).
+                n_rows < limit && !closed
+            }
+            Reading::Waiting { .. } => !closed,
+            Reading::Closing | Reading::Idle | Reading::Parked(_) | Reading::Opening => false,
+        };
+        if to_the_end {
+            self.watermark.arrive_finished(last_seq);
+            self.restored.clear();
+        }
+        self.next = if to_the_end { Next::Wait } else { Next::Page };
+        self.failures = 0;
+        self.same_fault = (None, 0);
+        self.reading = Reading::Idle;
+        self.settle(now);
+    }
+
+    fn note_rewind(&mut self, pending: Option<u64>, n_rows: usize) {
+        let ahead = pending.unwrap_or(0) + n_rows as u64;
+        if std::mem::take(&mut self.first_page)
+            && self.clock.stored.as_ref().is_some_and(|(seq, _)| *seq != Seq::zero())
+            && ahead > REWOUND_CHANGES.max(self.doc_count / 2)
+        {
+            self.notices.push(Notice::Rewound { pending: ahead });
+        }
+    }
+
+    /// Opening or reading failed. Whatever follows begins at the stored checkpoint.
+    pub fn on_read_failed(&mut self, fault: ReadFault, now: Instant) {
+        self.next = Next::Open;
+        if fault == ReadFault::Changed {
+            self.reading = Reading::Idle;
+            return;
+        }
+        let at = self.watermark.read_seq().clone();
+        if fault == ReadFault::Refused && self.same_fault.0.as_ref() == Some(&at) {
+            self.same_fault.1 += 1;
+        } else if fault == ReadFault::Refused {
+            self.same_fault = (Some(at), 1);
+        }
+        self.failures += 1;
+        let pause = if fault == ReadFault::Refused && self.same_fault.1 >= SAME_FAULTS {
+            REOPEN_FAULTY
+        } else {
+            REOPEN_AFTER[(self.failures as usize - 1).min(REOPEN_AFTER.len() - 1)]
+        };
+        self.reading = Reading::Parked(now + pause);
+    }
+
+    /// Something happened (the server is back, the configuration changed): do not wait any longer.
+    pub fn unpark(&mut self) {
+        if matches!(self.reading, Reading::Parked(_)) {
+            self.reading = Reading::Idle;
+        }
+    }
+
+    // --- Finishing ---------------------------------------------------------------------------------------
+
+    /// The delivery `token` is finished: delivered, or its dead letter is stored.
+    pub fn on_finished(&mut self, token: u64, now: Instant) {
+        let Some(pending) = self.lanes.finish(token) else { return };
+        let (doc_key, short) = (pending.event.doc_key(), pending.event.id.short());
+        self.told.insert(doc_key, short);
+        if self.watermark.is_unfinished(pending.ordinal) {
+            self.watermark.finish(pending.ordinal);
+            self.note_beyond(pending.ordinal, doc_key, short);
+        }
+        self.settle(now);
+    }
+
+    /// The delivery `token` has to be tried again at `at`.
+    pub fn on_retry(&mut self, token: u64, at: Instant, now: Instant) {
+        if let Some(replaced) = self.lanes.retry(token, at) {
+            self.watermark.finish(replaced);
+            self.settle(now);
+        }
+    }
+
+    /// Whether something newer of this document was told or is about to be.
+    pub fn is_superseded(&self, event: &Event) -> bool {
+        self.lanes.newest(&event.doc_id).is_some()
+            || self.told.last(event.doc_key()).is_some_and(|short| short != event.id.short())
+    }
+
+    /// When a delivery that is held back falls due.
+    pub fn next_lane_deadline(&self) -> Option<Instant> {
+        self.lanes.next_deadline()
+    }
+
+    fn note_beyond(&mut self, ordinal: u64, doc_key: u64, short: u64) {
+        self.beyond.insert(ordinal, doc_key, short);
+    }
+
+    fn settle(&mut self, now: Instant) {
+        self.beyond.drop_below(self.watermark.first_unfinished());
+        let moved = self.clock.moved(self.watermark.through_seq(), self.beyond.version);
+        let idle = self.lanes.is_empty();
+        self.clock.settle(moved, idle, now);
+    }
+
+    // --- Checkpoints -------------------------------------------------------------------------------------
+
+    /// The checkpoint to store now, if one is due; answered by `on_checkpoint_stored` or `on_checkpoint_failed`.
+    pub fn next_checkpoint(&mut self, now: Instant) -> Option<Position> {
+        let mark = self.mark.clone()?;
+        // While a feed is being opened the stored one is being read: one of both would be stale.
+        if self.reading == Reading::Opening || !self.clock.is_due(now) {
+            return None;
+        }
+        let mut delivered: Vec<u64> = self.beyond.shorts().chain(self.restored.iter().copied()).collect();
+        delivered.truncate(BEYOND_MAX);
+        let through_seq = self.watermark.through_seq().clone();
+        self.clock.start(&through_seq, self.beyond.version);
+        Some(Position { through_seq, mark, delivered, rev: self.clock.rev.clone() })
+    }
+
+    /// When the next checkpoint is due.
+    pub fn next_checkpoint_deadline(&self) -> Option<Instant> {
+        if self.clock.writing || self.mark.is_none() { None } else { self.clock.due }
+    }
+
+    /// Stored, under this `_rev`.
+    pub fn on_checkpoint_stored(&mut self, rev: String, now: Instant) {
+        self.clock.done(rev, now);
+        self.settle(now);
+    }
+
+    /// Not stored; tried again later.
+    pub fn on_checkpoint_failed(&mut self, now: Instant) {
+        self.clock.failed(now);
+    }
+
+    /// Whether the stored checkpoint says all that it could.
+    pub fn is_stored(&self) -> bool {
+        !self.clock.writing && !self.clock.moved(self.watermark.through_seq(), self.beyond.version)
+    }
+
+    /// Makes the next checkpoint due now, if anything moved: before a clean end.
+    pub fn flush(&mut self, now: Instant) {
+        if self.clock.due.is_some() {
+            self.clock.due = Some(now);
+        }
+    }
+
+    /// All up to here is finished.
+    pub fn through_seq(&self) -> &Seq {
+        self.watermark.through_seq()
+    }
+}
+
+/// The last thing told about each of the last [`TOLD_MAX`] documents.
+#[derive(Debug, Default)]
+struct Told {
+    last: HashMap<u64, u64>,
+    order: VecDeque<u64>,
+}
+
+impl Told {
+    fn last(&self, doc_key: u64) -> Option<u64> {
+        self.last.get(&doc_key).copied()
+    }
+
+    fn insert(&mut self, doc_key: u64, short: u64) {
+        if self.last.insert(doc_key, short).is_none() {
+            self.order.push_back(doc_key);
+            if self.order.len() > TOLD_MAX
+                && let Some(oldest) = self.order.pop_front()
+            {
+                self.last.remove(&oldest);
+            }
+        }
+    }
+}
+
+/// What is finished beyond the watermark, the last of each document.
+#[derive(Debug, Default)]
+struct Beyond {
+    by_ordinal: BTreeMap<u64, (u64, u64)>,
+    by_doc: HashMap<u64, u64>,
+    /// Changes with every change.
+    version: u64,
+}
+
+impl Beyond {
+    fn insert(&mut self, ordinal: u64, doc_key: u64, short: u64) {
+        if let Some(older) = self.by_doc.insert(doc_key, ordinal) {
+            self.by_ordinal.remove(&older);
+        }
+        self.by_ordinal.insert(ordinal, (doc_key, short));
+        self.version += 1;
+        if self.by_ordinal.len() > BEYOND_MAX {
+            self.drop_first();
+        }
+    }
+
+    fn drop_first(&mut self) {
+        if let Some((ordinal, (doc_key, _))) = self.by_ordinal.pop_first()
+            && self.by_doc.get(&doc_key) == Some(&ordinal)
+        {
+            self.by_doc.remove(&doc_key);
+        }
+    }
+
+    fn drop_below(&mut self, first_unfinished: u64) {
+        while self.by_ordinal.first_key_value().is_some_and(|(ordinal, _)| *ordinal < first_unfinished) {
+            self.drop_first();
+        }
+    }
+
+    fn shorts(&self) -> impl Iterator<Item = u64> {
+        self.by_ordinal.values().map(|(_, short)| *short)
+    }
+}
+
+/// When checkpoints are stored.
+#[derive(Debug)]
+struct CheckpointClock {
+    interval_max: Duration,
+    interval: Duration,
+    rev: Option<String>,
+    /// What the stored one says: position and version of what lies beyond.
+    stored: Option<(Seq, u64)>,
+    in_progress: Option<(Seq, u64)>,
+    writing: bool,
+    due: Option<Instant>,
+    last_write: Option<Instant>,
+}
+
+impl CheckpointClock {
+    fn new(interval_max: Duration) -> CheckpointClock {
+        CheckpointClock {
+            interval_max,
+            interval: CHECKPOINT_FIRST.min(interval_max),
+            rev: None,
+            stored: None,
+            in_progress: None,
+            writing: false,
+            due: None,
+            last_write: None,
+        }
+    }
+
+    fn opened(&mut self, rev: Option<String>, through_seq: Option<&Seq>) {
+        self.stored = through_seq.map(|through_seq| (through_seq.clone(), 0));
+        self.rev = rev;
+        self.due = None;
+        self.interval = CHECKPOINT_FIRST.min(self.interval_max);
+    }
+
+    fn moved(&self, through_seq: &Seq, beyond: u64) -> bool {
+        self.stored.as_ref().is_none_or(|(seq, version)| seq != through_seq || *version != beyond)
+    }
+
+    fn settle(&mut self, moved: bool, idle: bool, now: Instant) {
+        if !moved {
+            self.due = None;
+            return;
+        }
+        let due = *self.due.get_or_insert(now + self.interval);
+        if idle {
+            let soon = self.last_write.map_or(now, |last| now.max(last + CHECKPOINT_IDLE));
+            self.due = Some(due.min(soon));
+        }
+    }
+
+    fn is_due(&self, now: Instant) -> bool {
+        !self.writing && self.due.is_some_and(|due| due <= now)
+    }
+
+    fn start(&mut self, through_seq: &Seq, beyond: u64) {
+        self.writing = true;
+        self.due = None;
+        self.in_progress = Some((through_seq.clone(), beyond));
+    }
+
+    fn done(&mut self, rev: String, now: Instant) {
+        self.writing = false;
+        self.rev = Some(rev);
+        self.stored = self.in_progress.take();
+        self.last_write = Some(now);
+        self.interval = (self.interval * 2).min(self.interval_max);
+    }
+
+    fn failed(&mut self, now: Instant) {
+        self.writing = false;
+        self.in_progress = None;
+        self.due = Some(now + self.interval_max.min(Duration::from_secs(1)));
+    }
+}

@@ -1,0 +1,300 @@
+//! One delivery in progress per document, the newest revision waiting behind it.
+//!
+//! Guarantees: two deliveries of one document are never open at once; what is sent later was read later; at
+//! most one revision per document waits, so a hot document cannot fill the window. Among documents the order
+//! is that of arrival, kept strictly when asked to.
+
+use std::collections::{BTreeMap, HashMap};
+use std::sync::Arc;
+use std::time::Instant;
+
+use crate::pure::endpoint::Trial;
+use crate::pure::message::{Event, WebhookId};
+
+/// An event that is not finished.
+#[derive(Debug)]
+pub struct Pending {
+    /// What is told.
+    pub event: Arc<Event>,
+    /// Its place in the feed; of an earlier reading it means nothing any more.
+    pub ordinal: u64,
+    /// Its place among the lanes, by arrival.
+    order: u64,
+    /// What it has been through.
+    pub trial: Trial,
+}
+
+#[derive(Debug, Default)]
+struct Lane {
+    /// In flight, or being looked up or stored as a dead letter.
+    busy: Option<Pending>,
+    /// The newest revision that waits.
+    waiting: Option<Pending>,
+    /// Not before then; `None` = in `ready`.
+    held_until: Option<Instant>,
+    /// When it was last tried, as a count of attempts; 0 = never.
+    tried: u64,
+}
+
+/// The lanes of one subscription.
+#[derive(Debug, Default)]
+pub struct Lanes {
+    strict: bool,
+    lanes: HashMap<Arc<str>, Lane>,
+    ready: BTreeMap<u64, Arc<str>>,
+    held: BTreeMap<(Instant, u64), Arc<str>>,
+    busy: HashMap<u64, Arc<str>>,
+    n_pending: usize,
+    bytes: usize,
+    n_tries: u64,
+    n_arrived: u64,
+}
+
+impl Lanes {
+    /// `strict`: only the event that arrived first may go, over all documents.
+    pub fn new(strict: bool) -> Lanes {
+        Lanes { strict, ..Lanes::default() }
+    }
+
+    /// Unfinished events.
+    pub fn len(&self) -> usize {
+        self.n_pending
+    }
+
+    /// Whether nothing is unfinished.
+    pub fn is_empty(&self) -> bool {
+        self.n_pending == 0
+    }
+
+    /// What they weigh, in bytes.
+    pub fn bytes(&self) -> usize {
+        self.bytes
+    }
+
+    /// The id of the newest event of a document that is not finished.
+    pub fn newest(&self, doc_id: &str) -> Option<WebhookId> {
+        let lane = self.lanes.get(doc_id)?;
+        lane.waiting.as_ref().or(lane.busy.as_ref()).map(|pending| pending.event.id)
+    }
+
+    /// Takes in an event. Gives the ordinal that this finishes: of the same event read before, or of an older
+    /// revision that waited and is replaced.
+    pub fn arrive(&mut self, event: Event, ordinal: u64) -> Option<u64> {
+        if !self.lanes.contains_key(event.doc_id.as_str()) {
+            self.lanes.insert(event.doc_id.as_str().into(), Lane::default());
+        }
+        let (key, _) = self.lanes.get_key_value(event.doc_id.as_str()).expect("inserted above");
+        let key = Arc::clone(key);
+        let lane = self.lanes.get_mut(&key).expect("inserted above");
+        let newest = lane.waiting.as_mut().or(lane.busy.as_mut());
+        if let Some(newest) = newest
+            && newest.event.id == event.id
+        {
+            return Some(std::mem::replace(&mut newest.ordinal, ordinal));
+        }
+        self.n_arrived += 1;
+        self.n_pending += 1;
+        self.bytes += event.bytes();
+        let queued = lane.busy.is_none() && lane.waiting.is_some();
+        if queued {
+            self.unqueue(&key);
+        }
+        let lane = self.lanes.get_mut(&key).expect("inserted above");
+        let mut pending =
+            Pending { event: Arc::new(event), ordinal, order: self.n_arrived, trial: Trial::default() };
+        let mut finished = None;
+        if let Some(old) = lane.waiting.take() {
+            pending.trial = old.trial.of_successor();
+            if !self.strict {
+                pending.order = old.order;
+            }
+            self.n_pending -= 1;
+            self.bytes -= old.event.bytes();
+            finished = Some(old.ordinal);
+        }
+        lane.waiting = Some(pending);
+        if lane.busy.is_none() {
+            self.queue(&key);
+        }
+        finished
+    }
+
+    /// Where a lane with something that waits stands in the queues.
+    fn place(&self, key: &Arc<str>) -> (Option<Instant>, u64) {
+        let lane = &self.lanes[key];
+        (lane.held_until, lane.waiting.as_ref().expect("a queued lane has something that waits").order)
+    }
+
+    fn queue(&mut self, key: &Arc<str>) {
+        match self.place(key) {
+            (None, order) => self.ready.insert(order, Arc::clone(key)),
+            (Some(until), order) => self.held.insert((until, order), Arc::clone(key)),
+        };
+    }
+
+    fn unqueue(&mut self, key: &Arc<str>) {
+        match self.place(key) {
+            (None, order) => self.ready.remove(&order),
+            (Some(until), order) => self.held.remove(&(until, order)),
+        };
+    }
+
+    fn wake(&mut self, now: Instant) {
+        while let Some(entry) = self.held.first_entry()
+            && entry.key().0 <= now
+        {
+            let order = entry.key().1;
+            let key = entry.remove();
+            self.lanes.get_mut(&key).expect("a held lane exists").held_until = None;
+            self.ready.insert(order, key);
+        }
+    }
+
+    /// Starts the next delivery that is due, under the name `token`.
+    pub fn take(&mut self, now: Instant, token: u64) -> Option<&mut Pending> {
+        if !self.can_take(now) {
+            return None;
+        }
+        let key = self.ready.first_key_value().map(|(_, key)| Arc::clone(key))?;
+        Some(self.start(&key, token))
+    }
+
+    /// Starts a probe: the lane that was tried longest ago, due or not.
+    pub fn take_probe(&mut self, token: u64) -> Option<&mut Pending> {
+        if !self.can_probe() {
+            return None;
+        }
+        let queued = self.ready.iter().map(|(order, key)| (*order, key));
+        let queued = queued.chain(self.held.iter().map(|((_, order), key)| (*order, key)));
+        let strict = self.strict;
+        let key = queued
+            .min_by_key(|(order, key)| (if strict { 0 } else { self.lanes[*key].tried }, *order))
+            .map(|(_, key)| Arc::clone(key))?;
+        Some(self.start(&key, token))
+    }
+
+    fn start(&mut self, key: &Arc<str>, token: u64) -> &mut Pending {
+        self.unqueue(key);
+        self.n_tries += 1;
+        self.busy.insert(token, Arc::clone(key));
+        let lane = self.lanes.get_mut(key).expect("a queued lane exists");
+        lane.held_until = None;
+        lane.tried = self.n_tries;
+        lane.busy = lane.waiting.take();
+        lane.busy.as_mut().expect("a queued lane has something that waits")
+    }
+
+    /// The delivery of this name, while it is busy.
+    pub fn busy_mut(&mut self, token: u64) -> Option<&mut Pending> {
+        let key = self.busy.get(&token)?;
+        self.lanes.get_mut(key)?.busy.as_mut()
+    }
+
+    /// The delivery is finished, one way or another; what waits behind it may go.
+    pub fn finish(&mut self, token: u64) -> Option<Pending> {
+        let key = self.busy.remove(&token)?;
+        let lane = self.lanes.get_mut(&key).expect("a busy lane exists");
+        let pending = lane.busy.take().expect("a busy lane has something busy");
+        self.n_pending -= 1;
+        self.bytes -= pending.event.bytes();
+        if lane.waiting.is_some() {
+            self.queue(&key);
+        } else {
+            self.lanes.remove(&key);
+        }
+        Some(pending)
+    }
+
+    /// The delivery has to be tried again at `at`. Gives the ordinal that this finishes, when a newer revision
+    /// waits and takes its place.
+    pub fn retry(&mut self, token: u64, at: Instant) -> Option<u64> {
+        let key = self.busy.remove(&token)?;
+        let lane = self.lanes.get_mut(&key).expect("a busy lane exists");
+        let pending = lane.busy.take().expect("a busy lane has something busy");
+        let finished = match &mut lane.waiting {
+            Some(newer) => {
+                newer.trial = pending.trial.of_successor();
+                self.n_pending -= 1;
+                self.bytes -= pending.event.bytes();
+                Some(pending.ordinal)
+            }
+            waiting @ None => {
+                *waiting = Some(pending);
+                None
+            }
+        };
+        lane.held_until = Some(at);
+        self.queue(&key);
+        finished
+    }
+
+    /// Everything that is held back may go: the endpoint recovered.
+    pub fn release(&mut self) {
+        for ((_, order), key) in std::mem::take(&mut self.held) {
+            self.lanes.get_mut(&key).expect("a held lane exists").held_until = None;
+            self.ready.insert(order, key);
+        }
+    }
+
+    /// Forgets all that waits; what is busy stays until its outcome.
+    pub fn forget_waiting(&mut self) {
+        self.ready.clear();
+        self.held.clear();
+        let (n_pending, bytes) = (&mut self.n_pending, &mut self.bytes);
+        self.lanes.retain(|_, lane| {
+            lane.held_until = None;
+            if let Some(old) = lane.waiting.take() {
+                *n_pending -= 1;
+                *bytes -= old.event.bytes();
+            }
+            lane.busy.is_some()
+        });
+    }
+
+    /// Trials of what is held back, to be judged again when other events were delivered.
+    pub fn held(&self) -> impl Iterator<Item = (&Arc<str>, &Trial)> {
+        self.held.values().filter_map(|key| Some((key, &self.lanes[key].waiting.as_ref()?.trial)))
+    }
+
+    /// Makes a held lane busy without an attempt, to store its dead letter.
+    pub fn take_held(&mut self, key: &Arc<str>, token: u64) -> Option<&mut Pending> {
+        self.lanes.get(key)?.held_until?;
+        Some(self.start(key, token))
+    }
+
+    /// When something held back falls due.
+    pub fn next_deadline(&self) -> Option<Instant> {
+        self.held.first_key_value().map(|((at, _), _)| *at)
+    }
+
+    /// Whether `take` would give something at `now`.
+    pub fn can_take(&mut self, now: Instant) -> bool {
+        self.wake(now);
+        let Some((order, _)) = self.ready.first_key_value() else { return false };
+        !self.strict || (self.busy.is_empty() && self.held.keys().all(|(_, held)| held > order))
+    }
+
+    /// Whether `take_probe` would give something.
+    pub fn can_probe(&self) -> bool {
+        (!self.ready.is_empty() || !self.held.is_empty()) && (!self.strict || self.busy.is_empty())
+    }
+
+    /// Opens a lane for a dead letter that is sent again. The document must have no lane.
+    pub fn start_replay(&mut self, event: Event, token: u64) -> &mut Pending {
+        let key: Arc<str> = event.doc_id.as_str().into();
+        self.n_pending += 1;
+        self.bytes += event.bytes();
+        self.busy.insert(token, Arc::clone(&key));
+        let lane = self.lanes.entry(key).or_default();
+        assert!(lane.busy.is_none() && lane.waiting.is_none(), "a replay starts in an empty lane");
+        lane.busy.insert(Pending {
+            event: Arc::new(event),
+            ordinal: NO_ORDINAL,
+            order: 0,
+            trial: Trial::default(),
+        })
+    }
+}
+
+/// Of a replay: no place in any feed.
+const NO_ORDINAL: u64 = u64::MAX;

@@ -1,0 +1,521 @@
+//! What is told: from a row of the feed to an event, its `webhook-id`, and the body of a request.
+//!
+//! Guarantees: the same state of a document has the same id for ever (DESIGN §5); `rev` and `doc` belong
+//! together; `doc` passes byte for byte; nothing but allow-listed members of `_users` and replicator documents
+//! leaves.
+
+use std::fmt;
+
+use jiff::Timestamp;
+use serde::Deserialize;
+use serde_json::value::RawValue;
+use sha2::{Digest, Sha256};
+
+use crate::pure::changes::{Row, RowDoc};
+use crate::pure::seq::Seq;
+
+/// The stable identity of one thing told to one webhook: `msg_` and 32 hex digits.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct WebhookId([u8; 16]);
+
+impl WebhookId {
+    /// First half of SHA-256 over a JSON array of texts. Ids may hold any byte, so no separator would do.
+    pub fn of(parts: &impl serde::Serialize) -> WebhookId {
+        let json = serde_json::to_vec(parts).expect("texts and numbers serialize");
+        let hash = Sha256::digest(&json);
+        WebhookId(hash[..16].try_into().expect("SHA-256 has 32 bytes"))
+    }
+
+    /// The first 16 hex digits as a number: what checkpoints and memory keep.
+    pub fn short(&self) -> u64 {
+        u64::from_be_bytes(self.0[..8].try_into().expect("8 of 16 bytes"))
+    }
+}
+
+impl fmt::Display for WebhookId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("msg_")?;
+        self.0.iter().try_for_each(|byte| write!(f, "{byte:02x}"))
+    }
+}
+
+impl fmt::Debug for WebhookId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Display::fmt(self, f)
+    }
+}
+
+/// The document of an event.
+#[derive(Debug, Clone)]
+pub enum EventDoc {
+    /// Not asked for, or a deletion without fields of its own.
+    Absent,
+    /// Longer than `payload_bytes_max`; its length in bytes.
+    TooLarge(u64),
+    /// CouchDB gave `null`.
+    Gone,
+    /// The JSON text as CouchDB sent it.
+    Json(Box<RawValue>),
+}
+
+/// A change of a document, ready to be told.
+#[derive(Debug, Clone)]
+pub struct Event {
+    /// Its identity.
+    pub id: WebhookId,
+    /// The document.
+    pub doc_id: String,
+    /// The revision told: the body's where there is a body, else the row's.
+    pub rev: String,
+    /// Live conflicting revisions, sorted; empty unless the webhook tells conflicts.
+    pub conflicts: Vec<String>,
+    /// Whether this revision deletes the document.
+    pub deleted: bool,
+    /// For logs and payloads only.
+    pub seq: Option<Seq>,
+    /// The body.
+    pub doc: EventDoc,
+    /// When the row was read.
+    pub read_at: Timestamp,
+}
+
+/// `document.updated`.
+const UPDATED: &str = "document.updated";
+/// `document.deleted`.
+const DELETED: &str = "document.deleted";
+
+impl Event {
+    /// The type in the payload.
+    pub fn event_type(&self) -> &'static str {
+        if self.deleted { DELETED } else { UPDATED }
+    }
+
+    /// What it weighs in memory, about, in bytes.
+    pub fn bytes(&self) -> usize {
+        const FIXED: usize = 400;
+        let doc = match &self.doc {
+            EventDoc::Json(doc) => doc.get().len(),
+            EventDoc::Absent | EventDoc::TooLarge(_) | EventDoc::Gone => 0,
+        };
+        FIXED + self.doc_id.len() + doc
+    }
+
+    /// A number for its document, to key memory with.
+    pub fn doc_key(&self) -> u64 {
+        doc_key(&self.doc_id)
+    }
+}
+
+/// A number for a document id (FNV-1a). Two documents with one number only cost a repeat: what is compared
+/// behind it is the `webhook-id`.
+pub fn doc_key(doc_id: &str) -> u64 {
+    doc_id
+        .bytes()
+        .fold(0xcbf2_9ce4_8422_2325, |hash, byte| (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3))
+}
+
+/// A row, judged: what it means for the position, and what of it is to be told.
+#[derive(Debug, Clone)]
+pub struct Arrived {
+    /// `None` where CouchDB wrote `null`.
+    pub seq: Option<Seq>,
+    /// `None` when the webhook does not want it.
+    pub event: Option<Event>,
+}
+
+/// Which members of a document may leave.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Redaction {
+    /// An ordinary database: all of them.
+    None,
+    /// `_users`.
+    Users,
+    /// `_replicator` and every database whose name ends in `/_replicator`.
+    Replicator,
+}
+
+impl Redaction {
+    /// By the database's name.
+    pub fn of_db(db: &str) -> Redaction {
+        match db {
+            "_users" => Redaction::Users,
+            "_replicator" => Redaction::Replicator,
+            _ if db.ends_with("/_replicator") => Redaction::Replicator,
+            _ => Redaction::None,
+        }
+    }
+
+    /// Members that may leave, beside `_id`, `_rev` and `_deleted`.
+    fn allowed(self) -> &'static [&'static str] {
+        match self {
+            Redaction::None => &[],
+            Redaction::Users => &["name", "type", "roles"],
+            Redaction::Replicator => &[
+                "continuous",
+                "create_target",
+                "owner",
+                "_replication_id",
+                "_replication_state",
+                "_replication_state_time",
+                "_replication_start_time",
+                "_replication_stats",
+            ],
+        }
+    }
+}
+
+/// What one subscription tells: everything that turns its rows into events and events into bodies.
+#[derive(Debug, Clone)]
+pub struct Telling {
+    /// Name of the webhook.
+    pub webhook: String,
+    /// Name of the database.
+    pub db: String,
+    /// `source` of the payload: where people know the database.
+    pub source: String,
+    /// Wanted event types, patterns with `*`.
+    pub events: Vec<String>,
+    /// Whether the document goes into the payload.
+    pub include_docs: bool,
+    /// Whether live conflicts are told.
+    pub conflicts: bool,
+    /// Whether design documents are told.
+    pub design_docs: bool,
+    /// Documents above this many bytes are left out.
+    pub payload_bytes_max: usize,
+}
+
+/// The members of a document that decide what an event is about.
+#[derive(Deserialize)]
+struct Envelope {
+    #[serde(rename = "_rev")]
+    rev: Option<String>,
+    #[serde(rename = "_deleted", default)]
+    deleted: bool,
+    #[serde(rename = "_conflicts", default)]
+    conflicts: Vec<String>,
+}
+
+impl Telling {
+    /// Judges a row, read at `read_at` from the database that bears `mark`.
+    pub fn arrived(&self, row: Row, mark: &str, read_at: Timestamp) -> Arrived {
+        let seq = row.seq.clone();
+        if !self.design_docs && row.id.starts_with("_design/") {
+            return Arrived { seq, event: None };
+        }
+        let event = self.event(row, mark, read_at);
+        let wanted = self.events.iter().any(|pattern| matches(pattern, event.event_type()));
+        Arrived { seq, event: wanted.then_some(event) }
+    }
+
+    fn event(&self, row: Row, mark: &str, read_at: Timestamp) -> Event {
+        let Row { seq, id: doc_id, mut revs, deleted, doc } = row;
+        // The members decide only where there are any: a body may be newer than its row.
+        let envelope: Option<Envelope> = match &doc {
+            RowDoc::Json(doc) => serde_json::from_str(doc.get()).ok(),
+            RowDoc::Absent | RowDoc::Null | RowDoc::TooLarge { .. } => None,
+        };
+        let row_rev = if revs.is_empty() { String::new() } else { revs.remove(0) };
+        let (rev, deleted, mut conflicts) = match envelope {
+            Some(Envelope { rev: Some(rev), deleted, conflicts }) => (rev, deleted, conflicts),
+            // Without a body only the row's leaves are known, deleted ones among them.
+            _ => (row_rev, deleted, revs),
+        };
+        if self.conflicts {
+            conflicts.sort();
+        } else {
+            conflicts.clear();
+        }
+        let revisions: Vec<&str> =
+            std::iter::once(rev.as_str()).chain(conflicts.iter().map(String::as_str)).collect();
+        let id = WebhookId::of(&(&self.webhook, &self.db, mark, &doc_id, revisions));
+        let doc = self.doc(doc, deleted);
+        Event { id, doc_id, rev, conflicts, deleted, seq, doc, read_at }
+    }
+
+    fn doc(&self, doc: RowDoc, deleted: bool) -> EventDoc {
+        if !self.include_docs {
+            return EventDoc::Absent;
+        }
+        match doc {
+            RowDoc::Absent => EventDoc::Absent,
+            RowDoc::Null => EventDoc::Gone,
+            RowDoc::TooLarge { bytes } => EventDoc::TooLarge(bytes),
+            RowDoc::Json(doc) => {
+                let redaction = Redaction::of_db(&self.db);
+                let doc = if redaction == Redaction::None { doc } else { redact(&doc, redaction) };
+                if deleted && !has_own_members(doc.get()) {
+                    EventDoc::Absent
+                } else if doc.get().len() > self.payload_bytes_max {
+                    EventDoc::TooLarge(doc.get().len() as u64)
+                } else {
+                    EventDoc::Json(doc)
+                }
+            }
+        }
+    }
+
+    /// The body of a request in format `standard`:
+    ///
+    /// `{"id":"msg_5f…","type":"document.updated","timestamp":"2026-11-21T20:46:41.123Z","source":"…","data":{…}}`
+    pub fn body(&self, event: &Event) -> Vec<u8> {
+        let mut out = String::with_capacity(event.bytes() + 200);
+        out.push_str("{\"id\":\"");
+        push(&mut out, event.id);
+        out.push_str("\",\"type\":\"");
+        out.push_str(event.event_type());
+        out.push_str("\",\"timestamp\":\"");
+        push(&mut out, Rfc3339(event.read_at));
+        out.push_str("\",\"source\":");
+        push_text(&mut out, &self.source);
+        out.push_str(",\"data\":{\"webhook\":");
+        push_text(&mut out, &self.webhook);
+        out.push_str(",\"db\":");
+        push_text(&mut out, &self.db);
+        out.push_str(",\"id\":");
+        push_text(&mut out, &event.doc_id);
+        out.push_str(",\"rev\":");
+        push_text(&mut out, &event.rev);
+        if let Some(generation) = generation(&event.rev) {
+            out.push_str(",\"generation\":");
+            push(&mut out, generation);
+        }
+        out.push_str(if event.deleted { ",\"deleted\":true" } else { ",\"deleted\":false" });
+        if self.conflicts {
+            out.push_str(",\"conflicts\":");
+            out.push_str(&serde_json::to_string(&event.conflicts).expect("texts serialize"));
+        }
+        if let Some(seq) = &event.seq {
+            out.push_str(",\"seq\":");
+            out.push_str(seq.as_json());
+        }
+        match &event.doc {
+            EventDoc::Absent => {}
+            EventDoc::Gone => out.push_str(",\"doc_omitted\":{\"reason\":\"gone\"}"),
+            EventDoc::TooLarge(bytes) => {
+                out.push_str(",\"doc_omitted\":{\"reason\":\"too_large\",\"bytes\":");
+                push(&mut out, bytes);
+                out.push('}');
+            }
+            EventDoc::Json(doc) => {
+                out.push_str(",\"doc\":");
+                out.push_str(doc.get());
+            }
+        }
+        out.push_str("}}");
+        out.into_bytes()
+    }
+}
+
+fn push(out: &mut String, value: impl fmt::Display) {
+    fmt::Write::write_fmt(out, format_args!("{value}")).expect("a String takes all text");
+}
+
+fn push_text(out: &mut String, text: &str) {
+    out.push_str(&serde_json::to_string(text).expect("text serializes"));
+}
+
+/// A time in UTC with milliseconds: `2026-11-21T20:46:41.123Z`.
+#[derive(Debug, Clone, Copy)]
+pub struct Rfc3339(pub Timestamp);
+
+impl fmt::Display for Rfc3339 {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:.3}", self.0)
+    }
+}
+
+/// The number in front of a revision: 3 of `3-9f…`.
+fn generation(rev: &str) -> Option<u64> {
+    rev.split_once('-').and_then(|(number, _)| number.parse().ok())
+}
+
+/// Whether an event type fits a pattern: `*` stands for any run of characters.
+pub fn matches(pattern: &str, text: &str) -> bool {
+    match pattern.split_once('*') {
+        None => pattern == text,
+        Some((head, rest)) => text.strip_prefix(head).is_some_and(|tail| {
+            rest.is_empty()
+                || tail
+                    .char_indices()
+                    .map(|(at, _)| at)
+                    .chain([tail.len()])
+                    .any(|at| matches(rest, &tail[at..]))
+        }),
+    }
+}
+
+/// The members of a JSON object in their order, values byte for byte.
+fn members(doc: &str) -> Vec<(String, Box<RawValue>)> {
+    struct Members(Vec<(String, Box<RawValue>)>);
+    impl<'de> Deserialize<'de> for Members {
+        fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+            struct Visitor;
+            impl<'de> serde::de::Visitor<'de> for Visitor {
+                type Value = Members;
+                fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                    f.write_str("a JSON object")
+                }
+                fn visit_map<A: serde::de::MapAccess<'de>>(self, mut map: A) -> Result<Members, A::Error> {
+                    let mut all = Vec::new();
+                    while let Some(member) = map.next_entry()? {
+                        all.push(member);
+                    }
+                    Ok(Members(all))
+                }
+            }
+            deserializer.deserialize_map(Visitor)
+        }
+    }
+    serde_json::from_str::<Members>(doc).map(|members| members.0).unwrap_or_default()
+}
+
+/// Whether a tombstone says more than that it is one.
+fn has_own_members(doc: &str) -> bool {
+    members(doc).iter().any(|(name, _)| !matches!(name.as_str(), "_id" | "_rev" | "_deleted"))
+}
+
+/// Keeps the allow-listed members only. An unreadable document keeps none.
+fn redact(doc: &RawValue, redaction: Redaction) -> Box<RawValue> {
+    let allowed = redaction.allowed();
+    let mut out = String::from("{");
+    for (name, value) in members(doc.get()) {
+        if matches!(name.as_str(), "_id" | "_rev" | "_deleted") || allowed.contains(&name.as_str()) {
+            if out.len() > 1 {
+                out.push(',');
+            }
+            push_text(&mut out, &name);
+            out.push(':');
+            out.push_str(value.get());
+        }
+    }
+    out.push('}');
+    RawValue::from_string(out).expect("members of an object make an object")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn telling() -> Telling {
+        Telling {
+            webhook: "orders".into(),
+            db: "orders".into(),
+            source: "https://couch.example/orders".into(),
+            events: vec!["document.*".into()],
+            include_docs: true,
+            conflicts: false,
+            design_docs: false,
+            payload_bytes_max: 1 << 20,
+        }
+    }
+
+    fn row(rev: &str, deleted: bool, doc: Option<&str>) -> Row {
+        Row {
+            seq: Seq::from_json("\"42-g1AAA\""),
+            id: "order:17".into(),
+            revs: vec![rev.into()],
+            deleted,
+            doc: doc
+                .map_or(RowDoc::Absent, |doc| RowDoc::Json(RawValue::from_string(doc.to_owned()).unwrap())),
+        }
+    }
+
+    fn body(telling: &Telling, row: Row) -> String {
+        let read_at = "2026-11-21T20:46:41.1234Z".parse().unwrap();
+        let event = telling.arrived(row, "aa", read_at).event.expect("wanted");
+        String::from_utf8(telling.body(&event)).unwrap()
+    }
+
+    #[test]
+    fn a_body_holds_what_the_design_says() {
+        let doc = r#"{"_id":"order:17","_rev":"3-9f","z":123456789012345678901234,"a":1.0,"n":-0.0,"e":1.0000000000000000199e+30}"#;
+        expect_test::expect![[r#"{"id":"msg_d0fcd72b3ca2bde0fc684f8ce6fc3849","type":"document.updated","timestamp":"2026-11-21T20:46:41.123Z","source":"https://couch.example/orders","data":{"webhook":"orders","db":"orders","id":"order:17","rev":"3-9f","generation":3,"deleted":false,"seq":"42-g1AAA","doc":{"_id":"order:17","_rev":"3-9f","z":123456789012345678901234,"a":1.0,"n":-0.0,"e":1.0000000000000000199e+30}}}"#]]
+        .assert_eq(&body(&telling(), row("3-9f", false, Some(doc))));
+    }
+
+    #[test]
+    fn a_bare_tombstone_has_no_doc_and_one_with_fields_has() {
+        let bare = body(&telling(), row("4-a", true, Some(r#"{"_id":"x","_rev":"4-a","_deleted":true}"#)));
+        assert!(bare.contains(r#""type":"document.deleted""#) && !bare.contains("\"doc\""), "{bare}");
+        let own = r#"{"_id":"x","_rev":"4-a","_deleted":true,"type":"order"}"#;
+        let own = body(&telling(), row("4-a", true, Some(own)));
+        assert!(own.contains(r#""doc":{"_id":"x""#), "{own}");
+    }
+
+    #[test]
+    fn an_event_is_about_the_revision_of_its_body() {
+        let read_at = Timestamp::UNIX_EPOCH;
+        let newer = row("3-a", false, Some(r#"{"_id":"x","_rev":"4-b","_deleted":true,"why":"x"}"#));
+        let event = telling().arrived(newer, "m", read_at).event.unwrap();
+        assert_eq!((event.rev.as_str(), event.deleted), ("4-b", true));
+        let same = telling().arrived(row("4-b", true, None), "m", read_at).event.unwrap();
+        assert_eq!(event.id, same.id);
+    }
+
+    #[test]
+    fn ids_differ_where_what_they_stand_for_differs() {
+        let at = Timestamp::UNIX_EPOCH;
+        let id = |telling: &Telling, row: Row, mark: &str| telling.arrived(row, mark, at).event.unwrap().id;
+        let first = id(&telling(), row("3-a", false, None), "m1");
+        assert_eq!(first, id(&telling(), row("3-a", false, None), "m1"));
+        assert_ne!(first, id(&telling(), row("3-b", false, None), "m1"));
+        assert_ne!(first, id(&telling(), row("3-a", false, None), "m2"));
+        assert_ne!(first, id(&Telling { webhook: "b".into(), ..telling() }, row("3-a", false, None), "m1"));
+        assert_ne!(first, id(&Telling { db: "b".into(), ..telling() }, row("3-a", false, None), "m1"));
+    }
+
+    #[test]
+    fn conflicts_are_part_of_the_id_only_when_told_and_their_order_does_not_matter() {
+        let at = Timestamp::UNIX_EPOCH;
+        let id = |telling: &Telling, conflicts: &str| {
+            let doc = format!(r#"{{"_id":"x","_rev":"3-a","_conflicts":{conflicts}}}"#);
+            telling.arrived(row("3-a", false, Some(&doc)), "m", at).event.unwrap().id
+        };
+        let with = Telling { conflicts: true, ..telling() };
+        assert_eq!(id(&with, r#"["2-c","2-b"]"#), id(&with, r#"["2-b","2-c"]"#));
+        assert_ne!(id(&with, r#"["2-c"]"#), id(&with, "[]"));
+        assert_eq!(id(&telling(), r#"["2-c"]"#), id(&telling(), "[]"));
+    }
+
+    #[test]
+    fn what_is_not_wanted_still_has_a_seq() {
+        let at = Timestamp::UNIX_EPOCH;
+        let design = Row { id: "_design/app".into(), ..row("1-a", false, None) };
+        let arrived = telling().arrived(design, "m", at);
+        assert!(arrived.event.is_none() && arrived.seq.is_some());
+        let only = Telling { events: vec!["document.deleted".into()], ..telling() };
+        assert!(only.arrived(row("1-a", false, None), "m", at).event.is_none());
+        assert!(only.arrived(row("2-a", true, None), "m", at).event.is_some());
+    }
+
+    #[test]
+    fn large_and_missing_documents_are_named_as_omitted() {
+        let small = Telling { payload_bytes_max: 10, ..telling() };
+        let text = body(&small, row("1-a", false, Some(r#"{"_id":"x","_rev":"1-a"}"#)));
+        assert!(text.contains(r#""doc_omitted":{"reason":"too_large","bytes":24}"#), "{text}");
+        let gone = Row { doc: RowDoc::Null, ..row("1-a", false, None) };
+        assert!(body(&telling(), gone).contains(r#""doc_omitted":{"reason":"gone"}"#));
+    }
+
+    #[test]
+    fn secrets_of_users_and_replications_stay() {
+        let doc = r#"{"_id":"org.couchdb.user:a","_rev":"1-a","name":"a","derived_key":"CANARY","salt":"CANARY","roles":["x"]}"#;
+        let users = Telling { db: "_users".into(), ..telling() };
+        let text = body(&users, row("1-a", false, Some(doc)));
+        assert!(text.contains(r#""roles":["x"]"#) && !text.contains("CANARY"), "{text}");
+        let doc = r#"{"_id":"r","_rev":"1-a","source":"https://u:CANARY@h/db","target":{"headers":{"Authorization":"CANARY"}},"continuous":true}"#;
+        let replicator = Telling { db: "eu/_replicator".into(), ..telling() };
+        let text = body(&replicator, row("1-a", false, Some(doc)));
+        assert!(text.contains(r#""continuous":true"#) && !text.contains("CANARY"), "{text}");
+    }
+
+    #[test]
+    fn patterns() {
+        assert!(matches("document.*", "document.updated"));
+        assert!(matches("*", "document.updated"));
+        assert!(matches("*.deleted", "document.deleted"));
+        assert!(!matches("*.deleted", "document.updated"));
+        assert!(!matches("document", "document.updated"));
+    }
+}

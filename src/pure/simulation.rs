@@ -1,0 +1,825 @@
+//! A seeded simulation of everything that decides: three flows over one endpoint, a CouchDB that answers in
+//! another order at every request, and crashes at every moment.
+//!
+//! One schedule is a few hundred steps of random writes, outcomes, faults and crashes (of the daemon: state
+//! reduced to stored checkpoints, records and dead letters), then a calm end in which everything must arrive.
+//! `SIMULATION_SCHEDULES` sets how many run (100,000 in `tests/run`), `SIMULATION_SEED` runs a single one.
+
+use std::collections::{BTreeMap, HashMap, HashSet};
+use std::time::{Duration, Instant};
+
+use fastrand::Rng;
+
+use crate::pure::changes::{Row, RowDoc};
+use crate::pure::dispatch::{Action, Attempt, Dispatch, Fetched, Notice, SuspectLetter};
+use crate::pure::endpoint::{self, LetterClass, Moment, Outcome, Settings, WINDOW_EVENTS};
+use crate::pure::flow::{Flow, Opened, Position, Read, ReadFault};
+use crate::pure::message::{Arrived, Event, Telling, WebhookId};
+use crate::pure::seq::Seq;
+
+const FLOWS: usize = 3;
+const DOCS: usize = 12;
+const SHARDS: usize = 3;
+const STEPS: usize = 160;
+
+/// An update of a document: the newest of each document is what a feed shows.
+#[derive(Debug, Clone)]
+struct Update {
+    doc: usize,
+    rev: String,
+    matches: bool,
+}
+
+/// A database. On 1.x one shard with integer seqs, else several with opaque ones.
+#[derive(Debug, Clone)]
+struct Db {
+    one: bool,
+    mark: u64,
+    /// Per shard, every update; only those that are still the newest of their document are shown.
+    shards: Vec<Vec<Update>>,
+    newest: HashMap<usize, (usize, usize)>,
+    /// `_local`: dies with the database.
+    checkpoint: Option<(Position, u64)>,
+    /// Each checkpoint ever stored, with the updates that the file held by then.
+    checkpoints: Vec<(Position, u64, usize)>,
+    /// `instance_start_time` on 1.x: another one after every start of the server.
+    life: u64,
+}
+
+type Vector = Vec<usize>;
+
+impl Db {
+    fn new(one: bool, mark: u64) -> Db {
+        let shards = if one { 1 } else { SHARDS };
+        Db {
+            one,
+            mark,
+            shards: vec![Vec::new(); shards],
+            newest: HashMap::new(),
+            checkpoint: None,
+            checkpoints: Vec::new(),
+            life: 0,
+        }
+    }
+
+    fn write(&mut self, doc: usize, rev: String, matches: bool) {
+        let shard = doc % self.shards.len();
+        self.shards[shard].push(Update { doc, rev, matches });
+        self.newest.insert(doc, (shard, self.shards[shard].len() - 1));
+    }
+
+    fn winner(&self, doc: usize) -> Option<&Update> {
+        self.newest.get(&doc).map(|(shard, at)| &self.shards[*shard][*at])
+    }
+
+    /// A seq as this version writes it: another one at every request.
+    fn seq(&self, vector: &Vector, rng: &mut Rng) -> Seq {
+        if self.one {
+            return Seq::from_json(&vector[0].to_string()).unwrap();
+        }
+        let places: Vec<String> = vector.iter().map(usize::to_string).collect();
+        Seq::from_json(&format!("\"{}-{}-{}\"", places.join("."), self.mark, rng.u16(..))).unwrap()
+    }
+
+    /// What a stored seq means to this database: 2.x and 3.x begin anew with a foreign one, 1.x does not notice.
+    fn vector(&self, seq: &Seq) -> Vector {
+        let since = seq.as_since();
+        if self.one {
+            return vec![since.parse().unwrap()];
+        }
+        let mut parts = since.split('-');
+        let places = parts.next().unwrap();
+        if parts.next() != Some(self.mark.to_string().as_str()) {
+            return vec![0; self.shards.len()];
+        }
+        places.split('.').map(|place| place.parse().unwrap()).collect()
+    }
+
+    /// The next row behind `vector`, of a random shard; `filtered` passes only what matches.
+    fn next_row(&self, vector: &mut Vector, filtered: bool, rng: &mut Rng) -> Option<Update> {
+        loop {
+            let open: Vec<usize> =
+                (0..self.shards.len()).filter(|shard| vector[*shard] < self.shards[*shard].len()).collect();
+            let shard = *rng.choice(&open)?;
+            let at = vector[shard];
+            vector[shard] += 1;
+            let update = &self.shards[shard][at];
+            if self.newest[&update.doc] == (shard, at) && (!filtered || update.matches) {
+                return Some(update.clone());
+            }
+        }
+    }
+}
+
+/// A request for rows that is open.
+#[derive(Debug)]
+struct Open {
+    vector: Vector,
+    mark: u64,
+    limit: Option<usize>,
+    n_rows: usize,
+    to_close: bool,
+}
+
+/// Work that the shell would be doing.
+#[derive(Debug)]
+enum Job {
+    Open(usize),
+    Attempt(Attempt),
+    LookUp(Attempt),
+    Letter(Attempt, LetterClass),
+    Checkpoint(usize, Position),
+    Fetch(usize, SuspectLetter),
+}
+
+#[derive(Debug, Clone, Copy, PartialEq)]
+enum Mood {
+    Good,
+    Unreachable,
+    Fails,
+    RefusesAll,
+    Flaky,
+}
+
+/// How often something worth testing happened.
+#[derive(Debug, Default, Clone, Copy)]
+struct Seen {
+    four_in_flight: bool,
+    crash_before_checkpoint: bool,
+    letter: bool,
+    rewind: bool,
+    pause: bool,
+    recreated: bool,
+    rolled_back: bool,
+}
+
+struct World {
+    rng: Rng,
+    now: Instant,
+    strict: bool,
+    one: bool,
+    concurrency: usize,
+    dbs: Vec<Db>,
+    /// Marks in the webhook's record.
+    known: Vec<Option<u64>>,
+    tellings: Vec<Telling>,
+    filtered: Vec<bool>,
+    letters: BTreeMap<WebhookId, (usize, String, LetterClass)>,
+    /// All ids ever delivered, and the last revision told of each document.
+    delivered: HashSet<WebhookId>,
+    last_told: HashMap<(usize, usize), String>,
+    first_id: HashMap<(usize, u64, String, String), WebhookId>,
+    poison: HashMap<String, u16>,
+    mood: Mood,
+    calm: bool,
+    next_mark: u64,
+    next_rev: u64,
+    // Of this life of the daemon.
+    dispatch: Dispatch,
+    jobs: Vec<Job>,
+    reads: Vec<Option<Open>>,
+    in_flight_docs: HashSet<(usize, String)>,
+    delivered_since_checkpoint: bool,
+    /// The life of the server in which each feed was opened.
+    lives: Vec<u64>,
+    rolled_back: HashSet<(usize, usize)>,
+    seen: Seen,
+}
+
+fn settings(concurrency: usize) -> Settings {
+    Settings {
+        concurrency,
+        retry_schedule: [1, 5, 15, 30, 60, 120, 300].map(Duration::from_secs).to_vec(),
+        retry_after_max: Duration::from_secs(3600),
+        dead_letter_after: 3,
+        dead_letter_on: vec![400, 409, 411, 413, 414, 415, 422, 431, 501],
+        give_up_after: Duration::from_secs(600),
+    }
+}
+
+impl World {
+    fn new(seed: u64) -> World {
+        let mut rng = Rng::with_seed(seed);
+        let one = rng.u8(..4) == 0;
+        let concurrency = *rng.choice(&[1, 2, 8, 8]).unwrap();
+        let filtered: Vec<bool> = (0..FLOWS).map(|_| rng.u8(..3) == 0).collect();
+        let tellings = (0..FLOWS).map(|flow| Telling {
+            webhook: "w".into(),
+            db: format!("db{flow}"),
+            source: "urn:x".into(),
+            events: vec!["document.*".into()],
+            include_docs: false,
+            conflicts: false,
+            design_docs: false,
+            payload_bytes_max: 1 << 20,
+        });
+        let now = crate::sys::now();
+        let mut poison = HashMap::new();
+        if rng.bool() {
+            for _ in 0..rng.usize(1..3) {
+                let status = *rng.choice(&[422, 500, 400, 503]).unwrap();
+                poison.insert(format!("doc{}", rng.usize(..DOCS)), status);
+            }
+        }
+        let mut world = World {
+            now,
+            strict: concurrency == 1,
+            one,
+            concurrency,
+            dbs: (0..FLOWS).map(|flow| Db::new(one, flow as u64)).collect(),
+            known: vec![None; FLOWS],
+            tellings: tellings.collect(),
+            letters: BTreeMap::new(),
+            delivered: HashSet::new(),
+            last_told: HashMap::new(),
+            first_id: HashMap::new(),
+            poison,
+            mood: Mood::Good,
+            calm: false,
+            next_mark: 100,
+            next_rev: 1,
+            dispatch: Dispatch::new(settings(concurrency), Vec::new(), now),
+            jobs: Vec::new(),
+            reads: Vec::new(),
+            in_flight_docs: HashSet::new(),
+            delivered_since_checkpoint: false,
+            lives: vec![0; FLOWS],
+            rolled_back: HashSet::new(),
+            seen: Seen::default(),
+            filtered,
+            rng,
+        };
+        world.start();
+        world
+    }
+
+    /// The daemon starts: nothing but what is stored is left.
+    fn start(&mut self) {
+        let flows = (0..FLOWS).map(|flow| {
+            Flow::new(self.strict, self.filtered[flow], Duration::from_secs(60), Duration::from_secs(5))
+        });
+        self.dispatch = Dispatch::new(settings(self.concurrency), flows.collect(), self.now);
+        let suspects = self.letters.iter().filter(|(_, (_, _, class))| *class == LetterClass::Suspect);
+        let suspects = suspects
+            .map(|(id, (flow, doc_id, _))| (*flow, SuspectLetter { id: *id, doc_id: doc_id.clone() }))
+            .collect();
+        self.dispatch.restore_suspects(suspects, self.now);
+        self.jobs.clear();
+        self.reads = (0..FLOWS).map(|_| None).collect();
+        self.in_flight_docs.clear();
+        self.delivered_since_checkpoint = false;
+    }
+
+    fn crash(&mut self) {
+        self.trace(&"crash");
+        self.seen.crash_before_checkpoint |= self.delivered_since_checkpoint;
+        // What CouchDB was already doing for us may still happen.
+        for job in std::mem::take(&mut self.jobs) {
+            match job {
+                Job::Checkpoint(flow, position) if self.rng.bool() => {
+                    self.store_checkpoint(flow, position);
+                }
+                Job::Attempt(attempt) if self.rng.bool() => {
+                    let outcome = self.outcome(&attempt);
+                    if matches!(outcome, Outcome::Status { status: 200, .. }) {
+                        self.record_delivery(&attempt);
+                    }
+                }
+                Job::Letter(attempt, class) if self.rng.bool() => self.store_letter(&attempt, class),
+                _ => {}
+            }
+        }
+        if self.rng.u8(..4) == 0 {
+            let flow = self.rng.usize(..FLOWS);
+            let db = &mut self.dbs[flow];
+            if let Some((position, n, _)) = self.rng.choice(db.checkpoints.iter()) {
+                db.checkpoint = Some((position.clone(), *n));
+                self.seen.rewind = true;
+            }
+        }
+        self.start();
+    }
+
+    fn write(&mut self) {
+        let flow = self.rng.usize(..FLOWS);
+        let doc = self.rng.usize(..DOCS);
+        let n = self.next_rev;
+        self.next_rev += 1;
+        // Now and then an old revision wins again: the winner of a conflict was deleted.
+        let old = self.dbs[flow].shards.concat();
+        let old: Vec<&Update> = old.iter().filter(|update| update.doc == doc).collect();
+        let rev = match self.rng.choice(old) {
+            Some(update) if self.rng.u8(..8) == 0 => update.rev.clone(),
+            _ => format!("{n}-{:x}", self.rng.u32(..)),
+        };
+        let matches = self.rng.u8(..3) > 0;
+        self.rolled_back.remove(&(flow, doc));
+        self.trace(&("write", flow, doc, &rev));
+        self.dbs[flow].write(doc, rev, matches);
+    }
+
+    /// Deleted and created again, sometimes with the very same documents.
+    fn recreate(&mut self) {
+        self.trace(&"re-create");
+        let flow = self.rng.usize(..FLOWS);
+        self.seen.recreated = true;
+        self.next_mark += 1;
+        let old = std::mem::replace(&mut self.dbs[flow], Db::new(self.one, self.next_mark));
+        if self.rng.bool() {
+            for doc in 0..DOCS {
+                if let Some(update) = old.winner(doc) {
+                    self.dbs[flow].write(doc, update.rev.clone(), update.matches);
+                }
+            }
+        }
+        self.last_told.retain(|(told_flow, _), _| *told_flow != flow);
+        self.rolled_back.retain(|(rolled, _)| *rolled != flow);
+    }
+
+    /// 1.x with delayed commits, killed: the last updates and the checkpoint behind them come undone together.
+    fn roll_back(&mut self) {
+        let flow = self.rng.usize(..FLOWS);
+        let db = &mut self.dbs[flow];
+        if !db.one || db.shards[0].is_empty() {
+            return;
+        }
+        self.trace(&("roll back", flow));
+        let db = &mut self.dbs[flow];
+        self.seen.rolled_back = true;
+        let keep = self.rng.usize(..db.shards[0].len());
+        let old = std::mem::replace(db, Db::new(true, db.mark));
+        db.life = old.life + 1;
+        for update in &old.shards[0][..keep] {
+            db.write(update.doc, update.rev.clone(), update.matches);
+        }
+        for update in &old.shards[0][keep..] {
+            self.rolled_back.insert((flow, update.doc));
+        }
+        // One file, written in order: a checkpoint that stays keeps all that was written before it.
+        db.checkpoints = old.checkpoints;
+        db.checkpoints.retain(|(_, _, updates)| *updates <= keep);
+        db.checkpoint = db.checkpoints.last().map(|(position, n, _)| (position.clone(), *n));
+        // The server is gone for a moment: every connection to it breaks.
+        for flow in 0..FLOWS {
+            if self.reads[flow].take().is_some() {
+                self.dispatch.on_read_failed(flow, ReadFault::Lost, self.now);
+            }
+        }
+    }
+
+    fn outcome(&mut self, attempt: &Attempt) -> Outcome {
+        let status = |status| Outcome::Status { status, retry_after: None };
+        if let Some(poison) = self.poison.get(&attempt.event.doc_id)
+            && self.mood != Mood::Unreachable
+        {
+            return if *poison == 503 { Outcome::Timeout } else { status(*poison) };
+        }
+        match self.mood {
+            Mood::Good => status(200),
+            Mood::Unreachable => Outcome::Unreachable,
+            Mood::RefusesAll => status(422),
+            Mood::Fails => match self.rng.u8(..4) {
+                0 => Outcome::Status { status: 503, retry_after: Some(Duration::from_secs(120)) },
+                1 => Outcome::Broken,
+                _ => status(500),
+            },
+            Mood::Flaky => match self.rng.u8(..8) {
+                0 => status(500),
+                1 => Outcome::Timeout,
+                2 => status(422),
+                _ => status(200),
+            },
+        }
+    }
+
+    fn record_delivery(&mut self, attempt: &Attempt) {
+        let flow = attempt.flow;
+        let event = &attempt.event;
+        self.delivered.insert(event.id);
+        let doc: usize = event.doc_id[3..].parse().unwrap();
+        // Only what belongs to the database as it is now counts as the last word.
+        if self.id(flow, event) == event.id {
+            self.last_told.insert((flow, doc), event.rev.clone());
+        }
+        self.delivered_since_checkpoint = true;
+    }
+
+    /// The id that an event of this document and revision has in the database as it is now.
+    fn id(&self, flow: usize, event: &Event) -> WebhookId {
+        let mark = self.dbs[flow].mark.to_string();
+        WebhookId::of(&("w", format!("db{flow}"), mark, &event.doc_id, [&event.rev]))
+    }
+
+    fn store_letter(&mut self, attempt: &Attempt, class: LetterClass) {
+        let event = &attempt.event;
+        self.seen.letter = true;
+        self.letters.insert(event.id, (attempt.flow, event.doc_id.clone(), class));
+        let doc: usize = event.doc_id[3..].parse().unwrap();
+        if self.id(attempt.flow, event) == event.id {
+            self.last_told.insert((attempt.flow, doc), event.rev.clone());
+        }
+    }
+
+    /// 2.x and 3.x take any `_rev`, into another database of the name, too. On 1.x the shell looks at
+    /// `instance_start_time` first: a position read before a crash of the server may not be stored after it.
+    fn store_checkpoint(&mut self, flow: usize, position: Position) -> Option<String> {
+        let db = &mut self.dbs[flow];
+        let n = db.checkpoint.as_ref().map_or(0, |(_, n)| *n);
+        if db.one && (position.mark != db.mark.to_string() || self.lives[flow] != db.life) {
+            return None;
+        }
+        db.checkpoint = Some((position.clone(), n + 1));
+        let updates = db.shards.iter().map(Vec::len).sum();
+        db.checkpoints.push((position.clone(), n + 1, updates));
+        self.delivered_since_checkpoint = false;
+        self.check_checkpoint(flow, &position);
+        Some(format!("0-{}", n + 1))
+    }
+
+    /// The promise: nothing at or before the checkpoint is neither delivered nor a dead letter.
+    fn check_checkpoint(&self, flow: usize, position: &Position) {
+        let db = &self.dbs[flow];
+        if position.mark != db.mark.to_string() {
+            return;
+        }
+        let through = db.vector(&position.through_seq);
+        for (doc, (shard, at)) in &db.newest {
+            let update = &db.shards[*shard][*at];
+            if *at >= through[*shard] || (self.filtered[flow] && !update.matches) {
+                continue;
+            }
+            let id = WebhookId::of(&(
+                "w",
+                format!("db{flow}"),
+                &position.mark,
+                format!("doc{doc}"),
+                [&update.rev],
+            ));
+            assert!(
+                self.delivered.contains(&id) || self.letters.contains_key(&id),
+                "checkpoint {:?} of db{flow} passes doc{doc} {} which was neither delivered nor stored",
+                position.through_seq,
+                update.rev
+            );
+        }
+    }
+
+    fn arrived(&mut self, flow: usize, update: &Update, vector: &Vector) -> Arrived {
+        let null = self.rng.u8(..10) == 0;
+        let db = &self.dbs[flow];
+        let seq = if null { None } else { Some(db.seq(vector, &mut self.rng)) };
+        let row = Row {
+            seq,
+            id: format!("doc{}", update.doc),
+            revs: vec![update.rev.clone()],
+            deleted: false,
+            doc: RowDoc::Absent,
+        };
+        let mark = self.dispatch.flow(flow).mark().expect("it was opened").to_owned();
+        let arrived = self.tellings[flow].arrived(row, &mark, jiff::Timestamp::UNIX_EPOCH);
+        let event = arrived.event.as_ref().expect("all events are wanted");
+        let key = (flow, self.dbs[flow].mark, event.doc_id.clone(), event.rev.clone());
+        if mark == self.dbs[flow].mark.to_string() {
+            assert_eq!(*self.first_id.entry(key).or_insert(event.id), event.id, "the id changed");
+        }
+        arrived
+    }
+
+    /// Takes the next step of an open request.
+    fn step_read(&mut self, flow: usize) {
+        let Some(mut open) = self.reads[flow].take() else { return };
+        let gone = open.mark != self.dbs[flow].mark;
+        if open.to_close || gone {
+            // A deleted database ends a continuous feed as a timeout does.
+            let last_seq = (gone && self.rng.bool()).then(|| self.dbs[flow].seq(&open.vector, &mut self.rng));
+            let last_seq = last_seq.filter(|_| self.dbs[flow].shards.len() == open.vector.len());
+            self.dispatch.on_end(flow, last_seq, None, open.to_close, self.now);
+            return;
+        }
+        if !self.calm && self.rng.u8(..12) == 0 {
+            let fault = if self.rng.u8(..4) == 0 { ReadFault::Refused } else { ReadFault::Lost };
+            self.dispatch.on_read_failed(flow, fault, self.now);
+            return;
+        }
+        let mut rows = Vec::new();
+        let mut dry = false;
+        for _ in 0..self.rng.usize(1..6) {
+            if open.limit.is_some_and(|limit| open.n_rows >= limit) {
+                break;
+            }
+            match self.dbs[flow].next_row(&mut open.vector, self.filtered[flow], &mut self.rng) {
+                Some(update) => {
+                    open.n_rows += 1;
+                    let vector = open.vector.clone();
+                    rows.push(self.arrived(flow, &update, &vector));
+                }
+                None => {
+                    dry = true;
+                    break;
+                }
+            }
+        }
+        let full = open.limit.is_some_and(|limit| open.n_rows >= limit);
+        self.trace(&("rows", flow, &rows));
+        self.dispatch.on_rows(flow, rows, self.now);
+        let times_out = open.limit.is_none() && dry && self.rng.u8(..4) == 0;
+        if full || (open.limit.is_some() && dry) || times_out {
+            let mut vector = open.vector.clone();
+            if full && self.filtered[flow] && self.rng.bool() {
+                // What real servers do: the last_seq of a full filtered page skips rows that match.
+                self.dbs[flow].next_row(&mut vector, true, &mut self.rng);
+            }
+            let last_seq = self.dbs[flow].seq(&vector, &mut self.rng);
+            self.trace(&("end", flow, &last_seq, full));
+            self.dispatch.on_end(flow, Some(last_seq), Some(0), false, self.now);
+        } else {
+            self.reads[flow] = Some(open);
+        }
+    }
+
+    fn start_read(&mut self, flow: usize, read: Read) {
+        let (since, limit) = match read {
+            Read::Open => {
+                self.jobs.push(Job::Open(flow));
+                return;
+            }
+            // Small pages, so that there are full ones.
+            Read::Page { since, limit } => (since, Some(limit)),
+            Read::Wait { since } => (since, None),
+        };
+        let db = &self.dbs[flow];
+        let mark = db.mark.to_string();
+        if self.dispatch.flow(flow).mark() != Some(mark.as_str()) || self.lives[flow] != db.life {
+            self.dispatch.on_read_failed(flow, ReadFault::Changed, self.now);
+            return;
+        }
+        assert!(self.reads[flow].is_none(), "one request per feed");
+        self.reads[flow] =
+            Some(Open { vector: db.vector(&since), mark: db.mark, limit, n_rows: 0, to_close: false });
+    }
+
+    fn open(&mut self, flow: usize) {
+        if !self.calm && self.rng.u8(..12) == 0 {
+            self.dispatch.on_read_failed(flow, ReadFault::Lost, self.now);
+            return;
+        }
+        let db = &self.dbs[flow];
+        let mark = db.mark.to_string();
+        let checkpoint = db.checkpoint.as_ref().filter(|(position, _)| position.mark == mark);
+        let foreign = db.checkpoint.is_some() && checkpoint.is_none();
+        let other = checkpoint.is_none() && self.known[flow].is_some_and(|known| known != db.mark);
+        let opened = Opened {
+            checkpoint: checkpoint.map(|(at, _)| (at.through_seq.clone(), at.delivered.clone())),
+            rev: db.checkpoint.as_ref().map(|(_, n)| format!("0-{n}")),
+            recreated: foreign || other,
+            doc_count: db.newest.len() as u64,
+            mark,
+        };
+        self.known[flow] = Some(db.mark);
+        self.lives[flow] = db.life;
+        self.trace(&(flow, &opened));
+        self.dispatch.on_opened(flow, opened);
+    }
+
+    fn step_job(&mut self) {
+        if self.jobs.is_empty() {
+            return;
+        }
+        let at = self.rng.usize(..self.jobs.len());
+        let job = self.jobs.swap_remove(at);
+        let fails = !self.calm && self.rng.u8(..10) == 0;
+        match job {
+            Job::Open(flow) => self.open(flow),
+            Job::Attempt(attempt) => {
+                let outcome = self.outcome(&attempt);
+                if matches!(outcome, Outcome::Status { status: 200, .. }) {
+                    self.record_delivery(&attempt);
+                }
+                self.in_flight_docs.remove(&(attempt.flow, attempt.event.doc_id.clone()));
+                let jitter = self.rng.f64();
+                self.dispatch.on_outcome(attempt.token, outcome, Moment { now: self.now, jitter });
+            }
+            Job::LookUp(attempt) => {
+                let exists = self.letters.contains_key(&attempt.event.id);
+                self.dispatch.on_looked_up(attempt.token, (!fails).then_some(exists), self.now);
+            }
+            Job::Letter(attempt, class) => {
+                if !fails {
+                    self.store_letter(&attempt, class);
+                }
+                self.dispatch.on_letter(attempt.token, !fails, self.now);
+            }
+            Job::Checkpoint(flow, position) => {
+                let rev = if fails { None } else { self.store_checkpoint(flow, position) };
+                self.dispatch.on_checkpoint(flow, rev, self.now);
+            }
+            Job::Fetch(flow, letter) => {
+                let doc: usize = letter.doc_id[3..].parse().unwrap();
+                let found = match self.dbs[flow].winner(doc).cloned() {
+                    _ if fails => Fetched::Failed,
+                    None => Fetched::Gone,
+                    Some(update) => {
+                        let vector = vec![0; self.dbs[flow].shards.len()];
+                        match self.dispatch.flow(flow).mark() {
+                            Some(_) => Fetched::Event(self.arrived(flow, &update, &vector).event.unwrap()),
+                            None => Fetched::Failed,
+                        }
+                    }
+                };
+                self.dispatch.on_fetched(&letter, found, self.now);
+            }
+        }
+    }
+
+    /// Shows what happens, for whoever looks into one schedule.
+    fn trace(&self, what: &dyn std::fmt::Debug) {
+        if std::env::var_os("SIMULATION_SEED").is_some() {
+            eprintln!("{what:?}");
+        }
+    }
+
+    fn poll(&mut self) {
+        let mut actions = Vec::new();
+        let jitter = self.rng.f64();
+        self.dispatch.poll(self.now, usize::MAX, jitter, &mut || true, &mut actions);
+        for action in actions {
+            self.trace(&action);
+            match action {
+                Action::Read(flow, read) => self.start_read(flow, read),
+                Action::Close(flow) => {
+                    self.reads[flow].as_mut().expect("something is open").to_close = true;
+                }
+                Action::Attempt(attempt) => {
+                    let doc = (attempt.flow, attempt.event.doc_id.clone());
+                    assert!(self.in_flight_docs.insert(doc), "two requests for one document");
+                    self.jobs.push(Job::Attempt(attempt));
+                }
+                Action::LookUp(attempt) => self.jobs.push(Job::LookUp(attempt)),
+                Action::StoreLetter(attempt, class) => self.jobs.push(Job::Letter(attempt, class)),
+                Action::DeleteLetter(id) => {
+                    assert!(self.delivered.contains(&id), "a letter went that was not delivered");
+                    self.letters.remove(&id);
+                }
+                Action::Fetch(flow, letter) => self.jobs.push(Job::Fetch(flow, letter)),
+                Action::StoreCheckpoint(flow, position) => self.jobs.push(Job::Checkpoint(flow, position)),
+                Action::Say(Notice::Endpoint(endpoint::Notice::Down(_))) => self.seen.pause = true,
+                Action::Say(_) => {}
+            }
+        }
+        let in_flight = self.dispatch.n_in_flight();
+        assert!(in_flight <= self.concurrency, "{in_flight} in flight of {}", self.concurrency);
+        assert!(self.dispatch.n_pending() <= WINDOW_EVENTS + 8, "the window is full");
+        self.seen.four_in_flight |= in_flight >= 4;
+    }
+
+    fn step(&mut self) {
+        self.poll();
+        match self.rng.u8(..100) {
+            0..=29 => self.write(),
+            30..=59 => self.step_job(),
+            60..=79 => self.step_read(self.next_flow()),
+            80..=89 => self.pass_time(),
+            90..=94 => {
+                let moods =
+                    [Mood::Good, Mood::Good, Mood::Unreachable, Mood::Fails, Mood::RefusesAll, Mood::Flaky];
+                self.mood = *self.rng.choice(&moods).unwrap();
+            }
+            95..=97 => self.crash(),
+            98 => self.recreate(),
+            _ => self.roll_back(),
+        }
+    }
+
+    fn next_flow(&self) -> usize {
+        let mut rng = self.rng.clone();
+        rng.usize(..FLOWS)
+    }
+
+    /// To the next deadline, or a random while.
+    fn pass_time(&mut self) {
+        let random = self.now + Duration::from_millis(self.rng.u64(1..20_000));
+        self.now = match self.dispatch.next_deadline() {
+            Some(at) if self.rng.u8(..3) > 0 || self.calm => at.max(self.now),
+            _ => random,
+        };
+    }
+
+    /// Calm at last (poison stays): everything must arrive, in bounded time.
+    fn settle(&mut self) {
+        self.calm = true;
+        self.mood = Mood::Good;
+        for _ in 0..4_000 {
+            self.poll();
+            if self.is_done() {
+                return;
+            }
+            if !self.jobs.is_empty() {
+                self.step_job();
+            } else if (0..FLOWS)
+                .any(|flow| self.reads[flow].as_ref().is_some_and(|open| self.has_more(flow, open)))
+            {
+                (0..FLOWS).for_each(|flow| self.step_read(flow));
+            } else {
+                self.pass_time();
+                if self.rng.u8(..4) == 0 {
+                    // Other traffic, which is what shows that a poisoned event is one.
+                    let flow = self.rng.usize(..FLOWS);
+                    self.next_rev += 1;
+                    self.rolled_back.remove(&(flow, DOCS));
+                    self.dbs[flow].write(DOCS, format!("{}-f", self.next_rev), true);
+                }
+            }
+        }
+        panic!(
+            "not done: jobs {:?}, reads {:?}, letters {:?}, poison {:?}, {:?}",
+            self.jobs, self.reads, self.letters, self.poison, self.dispatch
+        );
+    }
+
+    fn has_more(&self, flow: usize, open: &Open) -> bool {
+        open.to_close
+            || open.limit.is_some()
+            || open.mark != self.dbs[flow].mark
+            || self.dbs[flow]
+                .next_row(&mut open.vector.clone(), self.filtered[flow], &mut self.rng.clone())
+                .is_some()
+    }
+
+    fn is_done(&self) -> bool {
+        self.jobs.is_empty()
+            && self.dispatch.n_pending() == 0
+            && (0..FLOWS).all(|flow| {
+                self.reads[flow].as_ref().is_some_and(|open| !self.has_more(flow, open))
+                    && self.dbs[flow]
+                        .checkpoint
+                        .as_ref()
+                        .is_some_and(|(position, _)| position.mark == self.dbs[flow].mark.to_string())
+            })
+            && self.dispatch.is_stored()
+    }
+
+    /// The last word about every document is what CouchDB holds.
+    fn check_end(&self) {
+        for flow in 0..FLOWS {
+            for doc in 0..DOCS {
+                let Some(winner) = self.dbs[flow].winner(doc) else { continue };
+                if self.filtered[flow] && !winner.matches {
+                    continue;
+                }
+                let told = self.last_told.get(&(flow, doc));
+                if self.rolled_back.contains(&(flow, doc)) {
+                    continue;
+                }
+                assert_eq!(told, Some(&winner.rev), "the last word about doc{doc} of db{flow}");
+            }
+        }
+    }
+}
+
+fn run(seed: u64) -> Seen {
+    let mut world = World::new(seed);
+    for _ in 0..STEPS {
+        world.step();
+    }
+    world.settle();
+    world.check_end();
+    world.seen
+}
+
+#[test]
+fn no_schedule_loses_an_event() {
+    if let Ok(seed) = std::env::var("SIMULATION_SEED") {
+        run(seed.parse().unwrap());
+        return;
+    }
+    let schedules = std::env::var("SIMULATION_SCHEDULES").map_or(1_000, |n| n.parse().unwrap());
+    let first = std::env::var("SIMULATION_FIRST").map_or(1, |n| n.parse().unwrap());
+    let mut counts = BTreeMap::new();
+    for seed in first..first + schedules {
+        let seen = std::panic::catch_unwind(|| run(seed)).unwrap_or_else(|panic| {
+            eprintln!("failed with SIMULATION_SEED={seed}");
+            std::panic::resume_unwind(panic);
+        });
+        for (name, seen, _) in shares(seen) {
+            *counts.entry(name).or_insert(0_u64) += u64::from(seen);
+        }
+    }
+    for (name, _, least_percent) in shares(Seen::default()) {
+        let percent = counts[name] as f64 * 100.0 / schedules as f64;
+        println!("{name}: {percent:.1} % of {schedules} schedules (at least {least_percent} %)");
+        assert!(percent >= f64::from(least_percent), "too few schedules with: {name}");
+    }
+}
+
+/// What schedules must hold often enough for the simulation to mean anything, in percent.
+fn shares(seen: Seen) -> [(&'static str, bool, u8); 7] {
+    [
+        ("at least 4 in flight", seen.four_in_flight, 20),
+        ("a crash between delivery and checkpoint", seen.crash_before_checkpoint, 5),
+        ("a dead letter", seen.letter, 5),
+        ("a rewind", seen.rewind, 5),
+        ("an endpoint pause", seen.pause, 5),
+        ("a database re-created", seen.recreated, 5),
+        ("a server rolled back", seen.rolled_back, 5),
+    ]
+}

@@ -1,0 +1,235 @@
+//! `http` and `https` URLs taken apart as far as configuration and logs need it.
+//!
+//! Guarantees that [`Url::origin`] and every error text are fit for logs: they show neither userinfo nor path
+//! nor query, which may hold tokens.
+
+use std::fmt;
+use std::net::IpAddr;
+
+use http::Uri;
+use percent_encoding::percent_decode_str;
+
+use crate::pure::secret::Secret;
+
+/// A URL that was checked. `Debug` and `Display` show only its origin.
+#[derive(Clone, PartialEq, Eq)]
+pub struct Url {
+    https: bool,
+    userinfo: Option<String>,
+    host: String,
+    port: Option<u16>,
+    rest: String,
+}
+
+impl Url {
+    /// Takes a URL apart.
+    ///
+    /// # Errors
+    /// What was expected and what was found, without any part that may be secret.
+    pub fn parse(text: &str) -> Result<Url, String> {
+        let expected = "expected `http://HOST` or `https://HOST` with or without a path";
+        let Some((scheme, after)) = text.split_once("://") else {
+            return Err(format!("{expected}, got a text without `://`"));
+        };
+        let https = match scheme.to_ascii_lowercase().as_str() {
+            "http" => false,
+            "https" => true,
+            _ => return Err(format!("{expected}, got another scheme")),
+        };
+        if after.contains('#') {
+            return Err(format!(
+                "{expected}, got one with a `#` part, which is never sent; write %23 or drop it"
+            ));
+        }
+        let end = after.find(['/', '?']).unwrap_or(after.len());
+        let (authority, rest) = after.split_at(end);
+        let (userinfo, host_port) = match authority.rsplit_once('@') {
+            Some((userinfo, host_port)) => (Some(userinfo.to_owned()), host_port),
+            None => (None, authority),
+        };
+        let (host, port) = host_and_port(host_port).map_err(|found| format!("{expected}, got {found}"))?;
+        if let Some(odd) = text.chars().find(|c| !c.is_ascii_graphic()) {
+            return Err(format!("{expected}, got one with {}; percent-encode it", name_of(odd)));
+        }
+        text.parse::<Uri>().map_err(|_| {
+            format!("{expected}, got one with a character that no URL can hold; percent-encode it")
+        })?;
+        Ok(Url { https, userinfo, host: host.to_ascii_lowercase(), port, rest: rest.to_owned() })
+    }
+
+    /// `https://host:8443`, in lower case, the port as written.
+    pub fn origin(&self) -> String {
+        let scheme = if self.https { "https" } else { "http" };
+        match self.port {
+            Some(port) => format!("{scheme}://{}:{port}", self.host),
+            None => format!("{scheme}://{}", self.host),
+        }
+    }
+
+    /// Origin and path, without userinfo, query and slashes at the end: a base that paths are appended to.
+    pub fn base(&self) -> String {
+        let path = self.rest.split('?').next().unwrap_or_default();
+        format!("{}{}", self.origin(), path.trim_end_matches('/'))
+    }
+
+    /// All of it but the userinfo: what a request is sent to. May hold tokens.
+    pub fn without_userinfo(&self) -> String {
+        format!("{}{}", self.origin(), self.rest)
+    }
+
+    /// Whether there is a query.
+    pub fn has_query(&self) -> bool {
+        self.rest.contains('?')
+    }
+
+    /// Whether there is a user name.
+    pub fn has_userinfo(&self) -> bool {
+        self.userinfo.is_some()
+    }
+
+    /// User name and password, percent-decoded.
+    ///
+    /// # Errors
+    /// When the bytes are not UTF-8.
+    pub fn userinfo(&self) -> Result<Option<(String, Option<Secret>)>, String> {
+        let Some(userinfo) = &self.userinfo else { return Ok(None) };
+        let decode = |text: &str| match percent_decode_str(text).decode_utf8() {
+            Ok(text) => Ok(text.into_owned()),
+            Err(_) => Err("expected UTF-8 in front of `@`, got other bytes".to_owned()),
+        };
+        Ok(Some(match userinfo.split_once(':') {
+            Some((name, password)) => (decode(name)?, Some(Secret::new(decode(password)?))),
+            None => (decode(userinfo)?, None),
+        }))
+    }
+
+    /// Whether it is `https`.
+    pub fn is_https(&self) -> bool {
+        self.https
+    }
+
+    /// Whether the host is this machine: `localhost`, 127.0.0.0/8, `::1`.
+    pub fn is_loopback(&self) -> bool {
+        let bare = self.host.trim_start_matches('[').trim_end_matches(']');
+        bare == "localhost"
+            || bare.ends_with(".localhost")
+            || bare.parse::<IpAddr>().is_ok_and(|address| address.is_loopback())
+    }
+}
+
+impl fmt::Debug for Url {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.origin())
+    }
+}
+
+impl fmt::Display for Url {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.origin())
+    }
+}
+
+/// What may be shown of a text that should be a URL: its origin, or `***`.
+pub fn shown(text: &str) -> String {
+    Url::parse(text).map_or_else(|_| "***".to_owned(), |url| url.origin())
+}
+
+fn host_and_port(text: &str) -> Result<(&str, Option<u16>), String> {
+    let (host, port) = if text.starts_with('[') {
+        let end = text.find(']').ok_or("an IPv6 address without `]`")?;
+        let (host, after) = text.split_at(end + 1);
+        if host[1..end].parse::<std::net::Ipv6Addr>().is_err() {
+            return Err("brackets around something else than an IPv6 address".to_owned());
+        }
+        match after.strip_prefix(':') {
+            Some(port) => (host, Some(port)),
+            None if after.is_empty() => (host, None),
+            None => return Err("something between `]` and the port".to_owned()),
+        }
+    } else {
+        match text.split_once(':') {
+            Some((host, port)) => (host, Some(port)),
+            None => (text, None),
+        }
+    };
+    if host.is_empty() {
+        return Err("no host".to_owned());
+    }
+    match port {
+        None => Ok((host, None)),
+        Some(port) => match port.parse::<u16>() {
+            Ok(number) if number > 0 && port.bytes().all(|b| b.is_ascii_digit()) => Ok((host, Some(number))),
+            _ => Err("a port that is not a number from 1 to 65535".to_owned()),
+        },
+    }
+}
+
+fn name_of(odd: char) -> &'static str {
+    match odd {
+        ' ' => "a blank",
+        c if c.is_control() => "a control character",
+        _ => "a character beyond ASCII",
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn check(text: &str, expected: &str) {
+        let found = match Url::parse(text) {
+            Ok(url) => format!("{} loopback={}", url.base(), url.is_loopback()),
+            Err(error) => error.rsplit("got ").next().unwrap().to_owned(),
+        };
+        assert_eq!(found, expected, "{text}");
+    }
+
+    #[test]
+    fn urls_are_taken_apart() {
+        check("http://127.0.0.1:5984", "http://127.0.0.1:5984 loopback=true");
+        check("http://127.0.0.1:5984/", "http://127.0.0.1:5984 loopback=true");
+        check("HTTPS://Couch.Example/db/", "https://couch.example/db loopback=false");
+        check("https://u:p@h/x?token=1", "https://h/x loopback=false");
+        check("https://u:p@ss@h", "https://h loopback=false");
+        check("http://[::1]:80/x", "http://[::1]:80/x loopback=true");
+        check("http://localhost", "http://localhost loopback=true");
+        check("http://localhost.example", "http://localhost.example loopback=false");
+        check("https:///hooks", "no host");
+        check("https://:80/hooks", "no host");
+        check("https://?x", "no host");
+        check("https://u:p@/hooks", "no host");
+        check("shop.example/hooks", "a text without `://`");
+        check("ftp://shop.example", "another scheme");
+        check("http://h:0", "a port that is not a number from 1 to 65535");
+        check("http://h:70000", "a port that is not a number from 1 to 65535");
+        check("http://h:+80", "a port that is not a number from 1 to 65535");
+        check("http://h:", "a port that is not a number from 1 to 65535");
+        check("http://[::1", "an IPv6 address without `]`");
+        check("http://[x]", "brackets around something else than an IPv6 address");
+        check("http://[::1]x", "something between `]` and the port");
+        check("http://h/a b", "one with a blank; percent-encode it");
+        check("http://h/ä", "one with a character beyond ASCII; percent-encode it");
+        check("http://h/a\nb", "one with a control character; percent-encode it");
+        check("http://h/a#b", "one with a `#` part, which is never sent; write %23 or drop it");
+        check("http://h|x/", "one with a character that no URL can hold; percent-encode it");
+    }
+
+    #[test]
+    fn userinfo_is_decoded() {
+        let url = Url::parse("http://ho%40okd:p%C3%A4%3Ass@h").unwrap();
+        let (name, password) = url.userinfo().unwrap().unwrap();
+        assert_eq!((name.as_str(), password.unwrap().expose()), ("ho@okd", "pä:ss"));
+        assert!(Url::parse("http://%ff@h").unwrap().userinfo().is_err());
+        assert_eq!(Url::parse("http://h").unwrap().userinfo().unwrap(), None);
+    }
+
+    #[test]
+    fn nothing_secret_is_shown() {
+        for text in
+            ["https://u:canary@h/canary?canary", "https://canary h/", "canary://h", "https://h/canary#x"]
+        {
+            let url = Url::parse(text);
+            assert!(!format!("{url:?} {}", shown(text)).contains("canary"), "{url:?}");
+        }
+    }
+}

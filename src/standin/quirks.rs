@@ -1,0 +1,76 @@
+//! What can go wrong with a CouchDB, to be switched on while the stand-in runs.
+
+use std::time::Duration;
+
+/// Misbehaviour, all of it off by default. Numbers say "the next so many" and count down.
+#[derive(Debug, Clone, Default)]
+pub struct Quirks {
+    /// `last_seq` of a full filtered page lies behind this many matching rows that were not given (seen on 2.2.0
+    /// and 3.5.0, `HOLES` 1). 1.x with `_doc_ids` jumps to the end without it, as the real one.
+    pub last_seq_skips: usize,
+    /// A continuous or long-poll feed whose filter drops everything does not end at its timeout while others
+    /// write: an empty line at each write on 2.x and 3.x, nothing on 1.x (seen on all three).
+    pub filtered_feeds_never_end: bool,
+    /// Feeds are cut after this many bytes of body.
+    pub cut_feeds_after: Option<usize>,
+    /// Answers to make instead of the right ones, the first that fits a request is taken.
+    pub faults: Vec<Fault>,
+    /// All rows but every so-manieth have `"seq":null`, as with `seq_interval`.
+    pub seq_every: Option<u64>,
+    /// Writing a document whose id begins with `msg_` is refused: 403.
+    pub refuse_dead_letters: bool,
+    /// The next so many reads of `_local` documents that have an earlier version give that, as a lagging copy of
+    /// a cluster does; one that has only one version is not found.
+    pub old_locals: u32,
+    /// The next so many feeds begin at the beginning, whatever `since` says, as after a lost shard copy.
+    pub rewinds: u32,
+    /// The next so many rows have `"doc":null` where documents are asked for.
+    pub null_docs: u32,
+    /// Every answer comes this much later.
+    pub slow: Option<Duration>,
+    /// A feed stays open and silent when its database is deleted, as pouchdb-server's.
+    pub feeds_outlive_database: bool,
+}
+
+/// An answer to make instead of the right one.
+#[derive(Debug, Clone)]
+pub struct Fault {
+    /// A part of `METHOD /path?query`, still percent-encoded: `PUT /orders/`, `_changes`.
+    pub request: String,
+    /// How many times.
+    pub times: u32,
+    /// What to do.
+    pub kind: FaultKind,
+}
+
+/// What a [`Fault`] does.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum FaultKind {
+    /// A proxy's page instead of JSON, with this status.
+    Html(u16),
+    /// This status and CouchDB's kind of body: `{"error":"unknown_error","reason":"made by a fault"}`.
+    Status(u16),
+    /// The connection is closed without an answer.
+    Cut,
+    /// No answer at all, until the peer goes or the server stops.
+    Hang,
+    /// It is done, but the connection is closed before the answer.
+    CutAfterDoing,
+}
+
+impl Quirks {
+    /// Takes the fault for a request, if there is one, and counts it down.
+    pub(crate) fn take_fault(&mut self, request: &str) -> Option<FaultKind> {
+        let fault =
+            self.faults.iter_mut().find(|fault| fault.times > 0 && request.contains(&fault.request))?;
+        fault.times -= 1;
+        Some(fault.kind)
+    }
+}
+
+/// Takes one off a counter; whether there was one.
+pub(crate) fn take_one(counter: &mut u32) -> bool {
+    let there = *counter > 0;
+    *counter = counter.saturating_sub(1);
+    there
+}
