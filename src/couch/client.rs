@@ -6,7 +6,7 @@
 
 use std::fmt;
 use std::io::Read;
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
 
 use base64::Engine;
@@ -16,10 +16,10 @@ use serde::Deserialize;
 use serde::de::DeserializeOwned;
 
 use crate::config;
+use crate::couch::gate::Gate;
 use crate::couch::refusal::{Refusal, from_json, login_verdict};
 use crate::error::{Context, Error, Kind, Result};
-use crate::pure::login::{Login, Turn, Verdict};
-use crate::sys;
+use crate::pure::login::Verdict;
 use crate::tls;
 
 /// Connecting, DNS and TLS included.
@@ -35,7 +35,8 @@ const N_IDLE_MAX: usize = 4;
 /// Buffers of one connection: a feed's rows are read in pieces of this many bytes at most.
 const BUFFER_BYTES: usize = 64 * 1024;
 
-/// A CouchDB server with our login. Cheap to clone; all clones are one server.
+/// A CouchDB server with our login. Cheap to clone; all clones are one server with one login gate. Other credentials
+/// are another server.
 #[derive(Clone)]
 pub struct Server {
     shared: Arc<Shared>,
@@ -48,22 +49,11 @@ struct Shared {
     authorization: Option<http::HeaderValue>,
     agents: AgentSettings,
     agent: ureq::Agent,
-    gate: Mutex<Gate>,
-    gate_moved: Condvar,
+    gate: Gate,
     /// Lines to be woken by `stop`; `None` once stopped.
     lines: Mutex<Option<Vec<Weak<LineShared>>>>,
     /// One mark is written at a time (`couch::local_docs`): 2.x and 3.x let the second of two first writes win.
     mark_writing: Mutex<()>,
-}
-
-struct Gate {
-    login: Login,
-    /// Counts ended probes, so that those who wait see that theirs has ended.
-    n_probes: u64,
-    /// How the last probe failed.
-    failure: Option<Error>,
-    /// Why the gate is shut.
-    refusal: String,
 }
 
 #[derive(Clone)]
@@ -159,13 +149,7 @@ impl Server {
                 authorization,
                 agent: agents.agent(N_IDLE_MAX),
                 agents,
-                gate: Mutex::new(Gate {
-                    login: Login::default(),
-                    n_probes: 0,
-                    failure: None,
-                    refusal: String::new(),
-                }),
-                gate_moved: Condvar::new(),
+                gate: Gate::default(),
                 lines: Mutex::new(Some(Vec::new())),
                 mark_writing: Mutex::new(()),
             }),
@@ -278,9 +262,7 @@ impl Server {
     /// Wakes and ends every request under way, feeds too. Every later one fails with `Stopped`.
     pub fn stop(&self) {
         let lines = lock(&self.shared.lines).take();
-        // Under the gate's lock, so that nobody goes to sleep between looking and being woken.
-        drop(lock(&self.shared.gate));
-        self.shared.gate_moved.notify_all();
+        self.shared.gate.stop();
         self.shared.agent.clone().shutdown();
         for line in lines.into_iter().flatten().filter_map(|line| line.upgrade()) {
             lock(&line.state).shutdown();
@@ -311,67 +293,25 @@ impl Server {
         if self.is_stopped() { Error::new(Kind::Stopped, "stopped") } else { error }
     }
 
-    /// Returns when the login may be used; finds out whether it may with a `GET /` of its own, because that is
-    /// over at once while the request that waits may be a feed that is silent for minutes.
+    /// Returns when the login may be used. Whether it may is found out with a `GET /`, because that is over at once
+    /// while the request that waits may be a feed that is silent for minutes.
     fn pass_gate(&self) -> Result<()> {
         if self.shared.authorization.is_none() {
             return if self.is_stopped() { Err(Error::new(Kind::Stopped, "stopped")) } else { Ok(()) };
         }
-        let mut gate = lock(&self.shared.gate);
-        let mut waited_from = None;
-        loop {
-            if self.is_stopped() {
-                return Err(Error::new(Kind::Stopped, "stopped"));
-            }
-            if let (Some(n_probes), Some(failure)) = (waited_from, &gate.failure) {
-                // The probe that we waited for failed: another one now would only take the same time again.
-                if gate.n_probes > n_probes {
-                    return Err(failure.clone());
-                }
-            }
-            match gate.login.ask(sys::now()) {
-                Turn::Send => return Ok(()),
-                Turn::Refused { until } => {
-                    let left = until.saturating_duration_since(sys::now());
-                    let time = jiff::Timestamp::from_second(sys::wall().as_second() + left.as_secs() as i64)
-                        .map_or_else(|_| "later".to_owned(), |time| time.to_string());
-                    return Err(Error::new(
-                        Kind::Locked,
-                        format!("nothing is sent with this login until {time}: {}", gate.refusal),
-                    ));
-                }
-                Turn::Wait => {
-                    waited_from.get_or_insert(gate.n_probes);
-                    gate = self.shared.gate_moved.wait(gate).unwrap_or_else(PoisonError::into_inner);
-                }
-                Turn::Probe => {
-                    drop(gate);
-                    let ask = Ask {
-                        method: &Method::GET,
-                        path: "/",
-                        body: None,
-                        headers: &[],
-                        limits: Limits::default(),
-                    };
-                    let probed = self.send_once_more(&self.shared.agent, &ask);
-                    gate = lock(&self.shared.gate);
-                    gate.login.on_no_answer();
-                    gate.n_probes += 1;
-                    gate.failure = probed.as_ref().err().cloned().map(|error| error.context("GET /"));
-                    self.shared.gate_moved.notify_all();
-                    probed.map(drop).context(|| "GET /".to_owned())?;
-                }
-            }
-        }
+        self.shared.gate.pass(|| {
+            let limits = Limits::default();
+            let ask = Ask { method: &Method::GET, path: "/", body: None, headers: &[], limits };
+            self.send_once_more(&self.shared.agent, &ask).map(drop).context(|| "GET /".to_owned())
+        })
     }
 
     /// Sends, and sends once more when a pooled connection turned out to be dead; only what may be repeated.
     fn send_once_more(&self, agent: &ureq::Agent, ask: &Ask) -> Result<Answer> {
         match self.send(agent, ask) {
-            Err(error) if error.kind() == Kind::Unreachable && *ask.method == Method::GET => {
-                if self.is_stopped() {
-                    return Err(error);
-                }
+            Err(error)
+                if error.kind() == Kind::Unreachable && ask.may_be_repeated() && !self.is_stopped() =>
+            {
                 self.send(agent, ask)
             }
             answer => answer,
@@ -420,11 +360,7 @@ impl Server {
 
     fn on_verdict(&self, verdict: Verdict, text: &str) {
         if self.shared.authorization.is_some() {
-            let mut gate = lock(&self.shared.gate);
-            if verdict == Verdict::Refused {
-                text.clone_into(&mut gate.refusal);
-            }
-            gate.login.on_answer(verdict, sys::now());
+            self.shared.gate.on_verdict(verdict, text);
         }
     }
 }
@@ -540,7 +476,7 @@ impl AgentSettings {
             .timeout_per_read(Some(SILENCE))
             .timeout_per_write(Some(SILENCE))
             .input_buffer_size(BUFFER_BYTES)
-            .output_buffer_size(BUFFER_BYTES / 2)
+            .output_buffer_size(BUFFER_BYTES / 4)
             .max_idle_connections(n_idle_max)
             .max_idle_connections_per_host(n_idle_max);
         if let Some(tls) = &self.tls {
@@ -557,6 +493,13 @@ struct Ask<'a> {
     body: Option<&'a str>,
     headers: &'a [(&'a str, &'a str)],
     limits: Limits,
+}
+
+impl Ask<'_> {
+    /// Whether it changes nothing; feeds with a selector or ids are `POST`ed.
+    fn may_be_repeated(&self) -> bool {
+        *self.method == Method::GET || self.path.contains("/_changes?")
+    }
 }
 
 impl fmt::Display for Ask<'_> {
@@ -623,8 +566,10 @@ fn transport_error(error: ureq::Error, silence: Option<Duration>) -> Error {
         ureq::Error::Io(error) => {
             let text = error.to_string();
             // "Connection refused (os error 111)": the number is noise.
-            let text = text.split(" (os error").next().unwrap_or_default().to_lowercase();
-            Error::new(Kind::Unreachable, text)
+            let text = text.split(" (os error").next().unwrap_or_default();
+            let mut chars = text.chars();
+            let first = chars.next().into_iter().flat_map(char::to_lowercase);
+            Error::new(Kind::Unreachable, first.chain(chars).collect::<String>())
         }
         ureq::Error::HostNotFound => Error::new(Kind::Unreachable, "host not found"),
         ureq::Error::Protocol(_) | ureq::Error::LargeResponseHeader(..) => {

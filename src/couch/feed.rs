@@ -73,7 +73,6 @@ pub enum FeedEnd {
 pub struct Feed {
     line: Line,
     server: Server,
-    buffer: Vec<u8>,
 }
 
 /// Ends a feed's request from another thread.
@@ -93,7 +92,7 @@ impl FeedCloser {
 impl Feed {
     /// Prepares a feed; sends nothing.
     pub fn new(server: &Server) -> Feed {
-        Feed { line: server.line(), server: server.clone(), buffer: vec![0; READ_BYTES] }
+        Feed { line: server.line(), server: server.clone() }
     }
 
     /// What ends this feed's requests; may be copied and sent to other threads.
@@ -141,12 +140,13 @@ impl Feed {
         };
         let mut parser = Parser::new(shape, request.doc_bytes_max);
         let mut items = Vec::new();
+        let mut buffer = vec![0; READ_BYTES];
         loop {
-            let n_bytes = self.line.read(&mut incoming, &mut self.buffer)?;
+            let n_bytes = self.line.read(&mut incoming, &mut buffer)?;
             // What came before a fault is handed over first.
             let parsed = match n_bytes {
                 0 => parser.finish(&mut items),
-                _ => parser.push(&self.buffer[..n_bytes], &mut items),
+                _ => parser.push(&buffer[..n_bytes], &mut items),
             };
             let fault = take_fault(&mut items);
             if !items.is_empty() && on_items(&mut items).is_break() {

@@ -86,13 +86,18 @@ pub fn open(
     let read = read_checkpoint(server, db, webhook, key)?;
     let was_marked = known_mark.is_some() || read.exists;
     let (mark, is_new_life) = settle_mark(server, db, stored, created, was_marked, pause)?;
-    let is_of_another_life = read.checkpoint.as_ref().is_some_and(|checkpoint| checkpoint.mark != mark);
+    let copy = read.checkpoint.as_ref().map(|checkpoint| checkpoint.mark);
+    let recreated = match (known_mark, copy) {
+        // Who knows the mark has heard of the re-creation; an old checkpoint is only not yet written over.
+        (Some(known), _) => *known != mark,
+        (None, Some(copy)) => copy != mark,
+        (None, None) => is_new_life,
+    };
     let mut opened = Opened {
         mark,
-        checkpoint: read.checkpoint.filter(|_| !is_of_another_life),
+        checkpoint: read.checkpoint.filter(|checkpoint| checkpoint.mark == mark),
         checkpoint_rev: read.rev,
-        // Who knows the mark has heard of the re-creation; the old checkpoint is only not yet written over.
-        recreated: is_new_life || known_mark.map_or(is_of_another_life, |known| *known != mark),
+        recreated,
         not_believed: read.not_believed,
         life: life(generation, &info),
         rolled_back: false,
@@ -539,9 +544,12 @@ mod tests {
         world.fake.lock().unwrap().n_missed = 2;
         let opened = world.open_knowing(Some(mark)).unwrap();
         assert_eq!((opened.mark, opened.recreated, world.n_pauses.get()), (mark, false, 2));
+        // Three reads, and one more before a new mark is written over it.
         world.fake.lock().unwrap().n_missed = 3;
+        assert!(!world.open_knowing(Some(mark)).unwrap().recreated);
+        world.fake.lock().unwrap().n_missed = 4;
         let opened = world.open_knowing(Some(mark)).unwrap();
-        assert!(opened.recreated);
+        assert!(opened.recreated && opened.mark != mark);
     }
 
     #[test]

@@ -2,6 +2,7 @@
 
 pub mod client;
 pub mod feed;
+mod gate;
 pub mod local_docs;
 pub mod refusal;
 #[cfg(test)]

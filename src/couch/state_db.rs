@@ -11,7 +11,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::value::RawValue;
 use serde_json::{Map, Value, json};
 
-use crate::couch::client::{Server, Written, db_path, encoded};
+use crate::couch::client::{Reply, Server, Written, db_path, encoded};
 use crate::couch::refusal::from_json;
 use crate::error::{Context, Error, Kind, Result};
 use crate::pure::checkpoint::{Mark, StateKey};
@@ -278,7 +278,7 @@ fn read_key(server: &Server, state_db: &str) -> Result<Option<StateKey>> {
 }
 
 /// `None` for 404.
-fn found(reply: Result<crate::couch::client::Reply>) -> Result<Option<Vec<u8>>> {
+fn found(reply: Result<Reply>) -> Result<Option<Vec<u8>>> {
     match reply {
         Ok(reply) => Ok(Some(reply.body)),
         Err(error) if error.kind() == Kind::NotFound => Ok(None),
@@ -424,5 +424,298 @@ fn each_page(server: &Server, state_db: &str, mut on_page: impl FnMut(Vec<Value>
             Some(next) if wants_more => start = next,
             _ => return Ok(()),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::{Arc, Mutex};
+
+    use super::*;
+    use crate::couch::scripted::{Scripted, Seen, send};
+
+    /// A server with one database.
+    #[derive(Default)]
+    struct Fake {
+        exists: bool,
+        /// Whether our login is a server admin's.
+        is_admin: bool,
+        /// Whether it gets in although it is no admin.
+        is_member: bool,
+        /// Answers `true` to the change of `_security` and forgets it.
+        forgets_security: bool,
+        security: Value,
+        revs_limit: Value,
+        docs: BTreeMap<String, (u32, Value)>,
+    }
+
+    impl Fake {
+        fn answer(&mut self, seen: &Seen) -> (u16, Value) {
+            let no_admin = (401, json!({"error": "unauthorized", "reason": "You are not a server admin."}));
+            let ok = (201, json!({"ok": true}));
+            let (path, query) = seen.path.split_once('?').unwrap_or((&seen.path, ""));
+            let may_enter = self.is_admin || self.is_member || self.security == json!({});
+            match (seen.method.as_str(), path) {
+                ("GET", "/") => (200, json!({"couchdb": "Welcome", "version": "3.5.0"})),
+                ("PUT", "/state") if !self.is_admin => no_admin,
+                ("PUT", "/state") if self.exists => (412, json!({"error": "file_exists", "reason": ""})),
+                ("PUT", "/state") => {
+                    self.exists = true;
+                    ok
+                }
+                _ if !self.exists => (404, json!({"error": "not_found", "reason": "no_db_file"})),
+                _ if !may_enter => (403, json!({"error": "forbidden", "reason": "You are not allowed"})),
+                ("GET", "/state") => (200, json!({"db_name": "state"})),
+                ("GET", "/state/_security") => (200, self.security.clone()),
+                ("GET", "/state/_revs_limit") => (200, self.revs_limit.clone()),
+                ("PUT", "/state/_security" | "/state/_revs_limit") if !self.is_admin => no_admin,
+                ("PUT", "/state/_security") => {
+                    if !self.forgets_security {
+                        self.security = serde_json::from_str(&seen.body).unwrap();
+                    }
+                    ok
+                }
+                ("PUT", "/state/_revs_limit") => {
+                    self.revs_limit = serde_json::from_str(&seen.body).unwrap();
+                    ok
+                }
+                ("GET", "/state/_all_docs") => (200, self.all_docs(query)),
+                (method, path) => {
+                    let id = path.strip_prefix("/state/").unwrap().replace("%3A", ":");
+                    self.answer_doc(method, &id, query, &seen.body)
+                }
+            }
+        }
+
+        fn all_docs(&self, query: &str) -> Value {
+            let query: BTreeMap<&str, &str> =
+                query.split('&').map(|pair| pair.split_once('=').unwrap()).collect();
+            let from = query["startkey"].replace("%22", "");
+            assert_eq!((query["endkey"], query["include_docs"]), ("%22msg_g%22", "true"));
+            let limit = query["limit"].parse().unwrap();
+            let row = |(id, (_, doc)): (&String, &(u32, Value))| json!({"id": id, "key": id, "doc": doc});
+            let rows = self.docs.range(from.clone()..).filter(|(id, _)| id.as_str() < "msg_g");
+            json!({"rows": rows.map(row).take(limit).collect::<Vec<_>>()})
+        }
+
+        fn answer_doc(&mut self, method: &str, id: &str, query: &str, body: &str) -> (u16, Value) {
+            let stored = self.docs.get(id).map(|(rev, _)| format!("{rev}-x"));
+            let conflict = (409, json!({"error": "conflict", "reason": "Document update conflict."}));
+            match method {
+                "GET" => match self.docs.get(id) {
+                    None => (404, json!({"error": "not_found", "reason": "missing"})),
+                    Some((rev, doc)) => {
+                        let mut doc = doc.clone();
+                        doc["_rev"] = format!("{rev}-x").into();
+                        doc["_id"] = id.into();
+                        (200, doc)
+                    }
+                },
+                "PUT" => {
+                    let doc: Value = serde_json::from_str(body).unwrap();
+                    if doc["_rev"].as_str() != stored.as_deref() {
+                        return conflict;
+                    }
+                    let rev = self.docs.get(id).map_or(0, |(rev, _)| *rev) + 1;
+                    self.docs.insert(id.to_owned(), (rev, doc));
+                    (201, json!({"ok": true, "rev": format!("{rev}-x")}))
+                }
+                _ => {
+                    if query.strip_prefix("rev=") != stored.as_deref() {
+                        return conflict;
+                    }
+                    self.docs.remove(id);
+                    (200, json!({"ok": true}))
+                }
+            }
+        }
+    }
+
+    fn world(fake: Fake) -> (Arc<Mutex<Fake>>, Scripted) {
+        let fake = Arc::new(Mutex::new(fake));
+        let state = Arc::clone(&fake);
+        let scripted = Scripted::start(move |seen, stream| {
+            let (status, body) = state.lock().unwrap().answer(seen);
+            send(stream, status, &body.to_string());
+        });
+        (fake, scripted)
+    }
+
+    /// As CouchDB up to 2.x makes a database: open to anybody.
+    fn open_server() -> Fake {
+        Fake { is_admin: true, security: json!({}), revs_limit: json!(1000), ..Fake::default() }
+    }
+
+    #[test]
+    fn is_made_and_closed_before_anything_is_written() {
+        let (fake, scripted) = world(open_server());
+        let server = scripted.server(None);
+        let key = ensure(&server, "state", Some("hookd")).unwrap();
+        let asked = scripted.asked();
+        let at = |wanted: &str| asked.iter().position(|asked| asked == wanted).unwrap();
+        assert!(at("PUT /state/_security") < at("PUT /state/couch-hookd"), "{asked:?}");
+        {
+            let fake = fake.lock().unwrap();
+            assert_eq!(
+                fake.security,
+                json!({"admins": {"names": [], "roles": ["_admin"]},
+                       "members": {"names": ["hookd"], "roles": ["_admin"]}})
+            );
+            assert_eq!(fake.revs_limit, 10);
+        }
+        assert_eq!(ensure(&server, "state", Some("hookd")).unwrap(), key, "the key is made once");
+        let puts = scripted.asked().iter().filter(|asked| asked.starts_with("PUT /state/")).count();
+        assert_eq!(puts, 3, "{:?}", scripted.asked());
+        let commits = |seen: &Seen| seen.headers.contains(&"x-couch-full-commit: true".to_owned());
+        assert!(scripted.seen().iter().any(|seen| seen.path == "/state/couch-hookd" && commits(seen)));
+    }
+
+    #[test]
+    fn whom_an_admin_let_in_stays() {
+        let listed = json!({"admins": {"names": ["boss"], "roles": []}, "members": {"names": ["ops"], "roles": ["r"]}});
+        let (fake, scripted) = world(Fake { exists: true, security: listed, ..open_server() });
+        ensure(&scripted.server(None), "state", Some("hookd")).unwrap();
+        assert_eq!(
+            fake.lock().unwrap().security,
+            json!({"admins": {"names": ["boss"], "roles": ["_admin"]},
+                   "members": {"names": ["ops", "hookd"], "roles": ["r", "_admin"]}})
+        );
+    }
+
+    fn check_by_hand(fake: Fake, found: &str) {
+        let (fake, scripted) = world(fake);
+        let error = ensure(&scripted.server(None), "state", Some("hookd")).unwrap_err();
+        assert_eq!(error.kind(), Kind::Forbidden);
+        let text = error.to_string();
+        let url = format!("http://127.0.0.1:{}/state", scripted.port);
+        assert!(text.starts_with(&format!("state_db `state`: {found} (40")), "{text}");
+        assert!(text.contains(&format!("`curl -u ADMIN -X PUT {url}`")), "{text}");
+        assert!(
+            text.ends_with(&format!(
+                "`curl -u ADMIN -X PUT {url}/_security -H 'Content-Type: application/json' -d '{{\"admins\":\
+                 {{\"names\":[],\"roles\":[\"_admin\"]}},\"members\":{{\"names\":[\"hookd\"],\"roles\":[\"_admin\"]}}}}'`"
+            )),
+            "{text}"
+        );
+        assert!(fake.lock().unwrap().docs.is_empty(), "nothing was written");
+    }
+
+    #[test]
+    fn what_we_may_not_do_an_admin_is_told() {
+        let member = || Fake { is_admin: false, ..open_server() };
+        check_by_hand(member(), "cannot be made with this login");
+        check_by_hand(Fake { exists: true, ..member() }, "is open to anybody");
+        let closed = json!({"members": {"names": ["other"], "roles": []}});
+        check_by_hand(
+            Fake { exists: true, security: closed.clone(), ..member() },
+            "cannot be read with this login",
+        );
+        let by_role = Fake { exists: true, is_member: true, security: closed, ..member() };
+        let (_, scripted) = world(by_role);
+        ensure(&scripted.server(None), "state", Some("hookd")).unwrap();
+    }
+
+    #[test]
+    fn a_database_that_stays_open_gets_no_key() {
+        let (fake, scripted) = world(Fake { forgets_security: true, ..open_server() });
+        let error = ensure(&scripted.server(None), "state", Some("hookd")).unwrap_err();
+        assert!(error.to_string().contains("still open to anybody"), "{error}");
+        assert!(fake.lock().unwrap().docs.is_empty());
+    }
+
+    #[test]
+    fn a_damaged_key_is_said_and_not_shown() {
+        let (fake, scripted) = world(open_server());
+        let bad = (1, json!({"key": "canary"}));
+        fake.lock().unwrap().docs.insert("couch-hookd".to_owned(), bad);
+        let error = ensure(&scripted.server(None), "state", None).unwrap_err();
+        assert_eq!(error.kind(), Kind::Malformed);
+        assert!(!error.to_string().contains("canary"), "{error}");
+    }
+
+    #[test]
+    fn records_keep_what_this_version_does_not_know() {
+        let (fake, scripted) = world(Fake { exists: true, ..open_server() });
+        let server = scripted.server(None);
+        assert_eq!(read_record(&server, "state", "orders").unwrap(), None);
+        let mut record = WebhookRecord {
+            activated_at: Some("2026-11-21T20:46:41Z".parse().unwrap()),
+            databases: BTreeMap::from([("a/b".to_owned(), Mark::new([1; 16]))]),
+            fingerprint: "9a".to_owned(),
+            ..WebhookRecord::default()
+        };
+        let rev = write_record(&server, "state", "orders", &record).unwrap();
+        assert_eq!(write_record(&server, "state", "orders", &record).unwrap_err().kind(), Kind::Conflict);
+        fake.lock().unwrap().docs.get_mut("webhook:orders").unwrap().1["requests"] = json!([{"n": 1}]);
+        record.rev = Some(rev);
+        record.other.insert("requests".to_owned(), json!([{"n": 1}]));
+        assert_eq!(read_record(&server, "state", "orders").unwrap().as_ref(), Some(&record));
+        record.gone_since = Some("2026-11-22T00:00:00Z".parse().unwrap());
+        record.rev = Some(write_record(&server, "state", "orders", &record).unwrap());
+        assert_eq!(read_record(&server, "state", "orders").unwrap(), Some(record));
+    }
+
+    fn letter(n: usize, webhook: &str, class: DeadLetterClass) -> DeadLetter {
+        DeadLetter {
+            id: format!("msg_{n:032x}"),
+            webhook: webhook.to_owned(),
+            db: "orders".to_owned(),
+            mark: Mark::new([1; 16]),
+            doc_id: format!("order:{n}"),
+            rev: "1-a".to_owned(),
+            revs: vec!["1-a".to_owned()],
+            seq: RawValue::from_string("\"4-x\"".to_owned()).ok(),
+            event_type: "document.updated".to_owned(),
+            class,
+            status: Some(422),
+            answer: "é".repeat(600),
+            attempts: 3,
+            first_attempt_at: "2026-11-21T20:46:41Z".parse().unwrap(),
+            stored_at: "2026-11-21T20:46:51.5Z".parse().unwrap(),
+        }
+    }
+
+    #[test]
+    fn a_letter_is_stored_once_and_found() {
+        let (fake, scripted) = world(Fake { exists: true, ..open_server() });
+        let server = scripted.server(None);
+        let letter = letter(1, "orders", DeadLetterClass::Refused);
+        assert!(!dead_letter_exists(&server, "state", &letter.id).unwrap());
+        for _ in 0..2 {
+            store_dead_letter(&server, "state", &letter).unwrap();
+            assert!(dead_letter_exists(&server, "state", &letter.id).unwrap());
+        }
+        let puts: Vec<Seen> = scripted.seen().into_iter().filter(|seen| seen.method == "PUT").collect();
+        assert!(puts.iter().all(|seen| seen.headers.contains(&"x-couch-full-commit: true".to_owned())));
+        let stored = fake.lock().unwrap().docs[&letter.id].1.clone();
+        assert_eq!((stored["seq"].clone(), stored["class"].clone()), (json!("4-x"), json!("refused")));
+        assert_eq!(stored["answer"].as_str().unwrap().len(), 1024);
+        for _ in 0..2 {
+            delete_dead_letter(&server, "state", &letter.id).unwrap();
+            assert!(!dead_letter_exists(&server, "state", &letter.id).unwrap());
+        }
+    }
+
+    #[test]
+    fn letters_are_counted_and_suspects_listed_over_pages() {
+        let (fake, scripted) = world(Fake { exists: true, ..open_server() });
+        let server = scripted.server(None);
+        for n in 0..(2 * PAGE_ROWS + 1) {
+            let (webhook, class) = match n % 100 {
+                0 => ("orders", DeadLetterClass::Suspect),
+                1 => ("other", DeadLetterClass::Suspect),
+                _ => ("orders", DeadLetterClass::Refused),
+            };
+            let body = serde_json::to_value(letter(n, webhook, class)).unwrap();
+            fake.lock().unwrap().docs.insert(format!("msg_{n:032x}"), (1, body));
+        }
+        fake.lock().unwrap().docs.insert("webhook:orders".to_owned(), (1, json!({})));
+        let count = |max| count_dead_letters(&server, "state", "orders", max).unwrap();
+        assert_eq!(count(10_000), 397);
+        assert_eq!(count(7), 7);
+        assert_eq!(scripted.asked().len(), 3 + 1);
+        let suspects = list_suspects(&server, "state", "orders").unwrap();
+        let ids: Vec<&str> = suspects.iter().map(|letter| letter.doc_id.as_str()).collect();
+        assert_eq!(ids, ["order:0", "order:100", "order:200", "order:300", "order:400"]);
     }
 }

@@ -4,6 +4,7 @@ use std::sync::atomic::{AtomicU16, AtomicUsize, Ordering};
 
 use super::*;
 use crate::couch::scripted::{Scripted, hookd, recorded, send, wait_for_hang_up};
+use crate::sys;
 
 const LOGIN: Option<(&str, &str)> = Some(("hookd", "canary-password"));
 
