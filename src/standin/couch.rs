@@ -17,10 +17,11 @@ use serde_json::Value;
 
 use crate::error::{Error, Kind, Result};
 use crate::standin::changes_feed;
+use crate::standin::docs::{Incoming, Refusal, Rev};
 use crate::standin::http::{Answer, Request, Server, locked};
 use crate::standin::quirks::{FaultKind, Quirks};
 use crate::standin::routes::{self, Reply};
-use crate::standin::store::{Database, Incoming, Refusal, Rev};
+use crate::standin::store::Database;
 use crate::sys;
 
 /// Requests kept in the log; older ones are dropped.

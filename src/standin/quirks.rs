@@ -2,6 +2,8 @@
 
 use std::time::Duration;
 
+use crate::standin::http::Request;
+
 /// Misbehaviour, all of it off by default. Numbers say "the next so many" and count down.
 #[derive(Debug, Clone, Default)]
 pub struct Quirks {
@@ -35,7 +37,7 @@ pub struct Quirks {
 /// An answer to make instead of the right one.
 #[derive(Debug, Clone)]
 pub struct Fault {
-    /// A part of `METHOD /path?query`, still percent-encoded: `PUT /orders/`, `_changes`.
+    /// A part of `METHOD /path?name=value&…`, the path percent-encoded, the query not: `PUT /orders/`, `_changes`.
     pub request: String,
     /// How many times.
     pub times: u32,

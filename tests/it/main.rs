@@ -1,3 +1,8 @@
 //! The one integration binary.
 
+#![allow(clippy::unwrap_used, reason = "all of it is test")]
+
+mod http_client;
+mod receiver;
 mod standin;
+mod standin_recorded;
