@@ -455,10 +455,7 @@ fn said(refusal: Refusal) -> Error {
 fn handle(world: &World, request: &Request, answer: Answer<'_>) {
     let (fault, slow) = world.change(|state| {
         state.log(request);
-        let query: Vec<String> =
-            request.query.iter().map(|(name, value)| format!("{name}={value}")).collect();
-        let line = format!("{} {}?{}", request.method, request.path, query.join("&"));
-        (state.quirks.take_fault(&line), state.quirks.slow)
+        (state.quirks.take_fault(request), state.quirks.slow)
     });
     if let Some(slow) = slow {
         world.pause(slow, || answer.peer_gone());

@@ -62,9 +62,14 @@ pub enum FaultKind {
 
 impl Quirks {
     /// Takes the fault for a request, if there is one, and counts it down.
-    pub(crate) fn take_fault(&mut self, request: &str) -> Option<FaultKind> {
-        let fault =
-            self.faults.iter_mut().find(|fault| fault.times > 0 && request.contains(&fault.request))?;
+    pub(crate) fn take_fault(&mut self, request: &Request) -> Option<FaultKind> {
+        if self.faults.is_empty() {
+            return None;
+        }
+        let query: Vec<String> =
+            request.query.iter().map(|(name, value)| format!("{name}={value}")).collect();
+        let line = format!("{} {}?{}", request.method, request.path, query.join("&"));
+        let fault = self.faults.iter_mut().find(|fault| fault.times > 0 && line.contains(&fault.request))?;
         fault.times -= 1;
         Some(fault.kind)
     }
