@@ -5,3 +5,7 @@
 mod host;
 mod real_couch;
 mod tidy;
+mod http_client;
+mod receiver;
+mod standin;
+mod standin_recorded;
