@@ -187,6 +187,10 @@ fn say_start(shared: &Shared, webhook: &config::Webhook, active: &Active) -> boo
         };
         log::info!("webhook `{name}` starts for the first time: tells changes of `{databases}` {from}");
     } else {
+        let since = activation::since_text(&webhook.since);
+        if active.record.since.as_deref().is_some_and(|first| first != since) {
+            log::warn!("webhook `{name}`: `since = {since}` has no effect, it has a position already");
+        }
         log::info!("webhook `{name}` goes on with changes of `{databases}`");
     }
     true
