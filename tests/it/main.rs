@@ -2,6 +2,6 @@
 
 #![allow(clippy::unwrap_used, reason = "all of it is test")]
 
+mod couch;
 mod host;
-mod real_couch;
 mod tidy;
