@@ -3,4 +3,5 @@
 #![allow(clippy::unwrap_used, reason = "all of it is test")]
 
 mod host;
+mod outside;
 mod tidy;
