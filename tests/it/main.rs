@@ -9,4 +9,5 @@ mod real_couch;
 mod receiver;
 mod standin;
 mod standin_recorded;
+mod outside;
 mod tidy;
