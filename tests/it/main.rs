@@ -5,9 +5,9 @@
 mod couch;
 mod host;
 mod http_client;
-mod real_couch;
 mod receiver;
 mod standin;
 mod standin_recorded;
+
 mod outside;
 mod tidy;
