@@ -86,6 +86,13 @@ pub const LATER: [(Section, &str); 4] = [
     (Section::Webhook, "rate_limit"),
 ];
 
+/// How a key comes to stand in a section of ours that it does not belong to.
+///
+/// Source: `couch_config.erl` before 3.3 for headers; `couch_config_writer.erl` up to 1.7.1, whose pattern for "the
+/// next section begins" knows no dots, so that a key set over HTTP is written, or changed, further down in the file.
+pub const STRAY: &str = "CouchDB before 3.3 ignores a section header with a comment behind it, and 1.x writes a key \
+    that is set over HTTP below the wrong section: see the file and edit it there";
+
 const fn ms(n: u64) -> Duration {
     Duration::from_millis(n)
 }
@@ -396,6 +403,7 @@ pub fn sample_standalone() -> String {
 pub fn sample_os_daemons() -> String {
     format!(
         "; couch-hookd started by CouchDB 1.1 to 2.2: put this into CouchDB's local.d directory.\n\
+         ; On 1.x edit this file: keys set over HTTP are written below the wrong section when its name has dots.\n\
          ; {SAMPLE_NOTES}\n\n\
          [os_daemons]\n\
          ; No blanks in paths and arguments; a comment in this line would end the command.\n\

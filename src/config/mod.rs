@@ -116,10 +116,14 @@ fn listed<'a>(raw: &'a Raw, findings: &mut Vec<Finding>) -> BTreeMap<&'a str, &'
     let mut listed = BTreeMap::new();
     for (name, value) in raw.sections.get("hookd.webhooks").into_iter().flatten() {
         let place = reader::place(Some(value), "hookd.webhooks", name);
-        if keys::find(Section::Webhook, name).is_some() && !value.text.expose().contains("://") {
-            // The webhook that this was meant for would run without its filter: nothing may run.
-            let message = "this is a key of [hookd.webhook.NAME], not a webhook; is its section's header missing, \
-                or followed by a comment, for which CouchDB before 3.3 ignores it?";
+        let foreign = match (keys::find(Section::Webhook, name), keys::find(Section::Hookd, name)) {
+            (Some(_), _) => Some("[hookd.webhook.NAME]"),
+            (None, Some(_)) => Some("[hookd]"),
+            (None, None) => None,
+        };
+        if let Some(owner) = foreign.filter(|_| !value.text.expose().contains("://")) {
+            // Whoever this was meant for would run without it, without its filter even: nothing may run.
+            let message = format!("this is a key of {owner}, not a webhook; {}", keys::STRAY);
             findings.push(Finding::error(None, place, message));
         } else if webhook::is_name(name) {
             listed.insert(name.as_str(), value);

@@ -152,7 +152,7 @@ impl<'a> Reader<'a> {
         };
         let bare = key.strip_suffix("_file").unwrap_or(key);
         if keys::find(other, bare).is_some() {
-            return format!("this key belongs to {other_name}");
+            return format!("this key belongs to {other_name}; {}", keys::STRAY);
         }
         match keys::nearest(self.section, key) {
             Some(nearest) => format!("this key is unknown; the nearest one is `{nearest}`"),

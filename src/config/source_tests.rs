@@ -322,6 +322,13 @@ fn malformed_lines_stop_whom_they_may_concern() {
         [hookd.webhooks] sync = "https://h" (DIR/x.ini:3)
     "#]],
     );
+    assert_eq!(parse(&directory.load(&["x.ini"], &[], &[])).0.config, None);
+    let text = "[hookd.webhooks]\norders https://c4n4ry\nsync = https://h\na = https://h\n[hookd.webhook.sync]\nselector {}\n";
+    directory.write("x.ini", text);
+    let (parsed, _) = parse(&directory.load(&["x.ini"], &[], &[]));
+    let running: Vec<String> =
+        parsed.config.unwrap().webhooks.into_iter().map(|webhook| webhook.name).collect();
+    assert_eq!((running, parsed.held_back.len()), (vec!["a".to_owned()], 2), "`orders` and `sync` wait");
     directory.write(
         "x.ini",
         "[hookd.webhooks]\nx = https://h\n[hookd.webhook.x] ; y\nselector = {\"a\": \"b = c ;d\"}\n",

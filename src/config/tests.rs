@@ -302,7 +302,7 @@ fn faults_of_hookd_are_said() {
             "status_listen = 127.0.0.1:1"
                 status_listen: this key is not available in this version; delete the line
             "timeout = 5s"
-                timeout: this key belongs to [hookd.webhook.NAME]
+                timeout: this key belongs to [hookd.webhook.NAME]; CouchDB before 3.3 ignores a section header with a comment behind it, and 1.x writes a key that is set over HTTP below the wrong section: see the file and edit it there
             "# a comment = c4n4ry"
                 # a comment: this key is unknown; comments begin with `;`
             "whsec_c4n4ry = ="
@@ -499,7 +499,7 @@ fn faults_of_a_webhook_are_said() {
             "banana = c4n4ry"
                 banana: this key is unknown
             "username = c4n4ry"
-                username: this key belongs to [hookd]
+                username: this key belongs to [hookd]; CouchDB before 3.3 ignores a section header with a comment behind it, and 1.x writes a key that is set over HTTP below the wrong section: see the file and edit it there
         "#]],
     );
 }
@@ -611,7 +611,20 @@ fn a_header_that_couchdb_ignored_stops_everything() {
     let text = "[hookd.webhooks]\norders = https://h\n[hookd.webhook.orders] ; mine\nselector = {\"a\":\"c4n4ry\"}\n";
     let (parsed, findings) = parse(&raw(text, Dialect::Before3_3));
     assert_eq!(parsed.config, None);
-    expect!["hookd.ini:4: [hookd.webhooks] selector: this is a key of [hookd.webhook.NAME], not a webhook; is its section's header missing, or followed by a comment, for which CouchDB before 3.3 ignores it?"].assert_eq(&findings[0].to_string());
+    expect!["hookd.ini:4: [hookd.webhooks] selector: this is a key of [hookd.webhook.NAME], not a webhook; CouchDB before 3.3 ignores a section header with a comment behind it, and 1.x writes a key that is set over HTTP below the wrong section: see the file and edit it there"].assert_eq(&findings[0].to_string());
+}
+
+/// CouchDB 1.x writes a key set over HTTP below the last section whose name has dots.
+#[test]
+fn a_key_that_couchdb_1_wrote_below_the_list_stops_everything() {
+    check(
+        "[hookd.webhooks]\norders = https://h\nstate_db = c4n4ry\n[hookd.webhook.orders]\nlog_level = debug\n",
+        expect![[r#"
+            hookd.ini:3: [hookd.webhooks] state_db: this is a key of [hookd], not a webhook; CouchDB before 3.3 ignores a section header with a comment behind it, and 1.x writes a key that is set over HTTP below the wrong section: see the file and edit it there
+            hookd.ini:5: [hookd.webhook.orders] log_level: this key belongs to [hookd]; CouchDB before 3.3 ignores a section header with a comment behind it, and 1.x writes a key that is set over HTTP below the wrong section: see the file and edit it there
+            warning: [hookd.webhook.orders] secret: there is none: receivers cannot tell our requests from forged ones; `couch-hookd secret` prints a new one
+            runs nothing, holds back [orders]"#]],
+    );
 }
 
 #[test]

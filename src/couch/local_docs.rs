@@ -38,6 +38,8 @@ pub struct Opened {
     pub recreated: bool,
     /// Why a stored checkpoint was dropped that should have counted; to be said at error level.
     pub not_believed: Option<String>,
+    /// 1.x: `instance_start_time`, another one after every start of the server (and every opening of the file).
+    pub life: Option<String>,
     /// 1.x: the server lost its last changes, or was restored; the position was dropped.
     pub rolled_back: bool,
     /// Documents in the database, deletions not counted.
@@ -97,6 +99,7 @@ pub fn open(
         checkpoint_rev: read.rev,
         recreated,
         not_believed: read.not_believed,
+        life: life(generation, &info),
         rolled_back: false,
         doc_count: info.doc_count,
     };
@@ -108,6 +111,36 @@ pub fn open(
         opened.rolled_back = true;
     }
     Ok(opened)
+}
+
+/// Whether the database still bears `mark`, and on 1.x (`life` given) its server was not started again since.
+///
+/// # Errors
+/// As [`open`].
+pub fn is_same(server: &Server, db: &str, mark: &Mark, life_then: Option<&str>) -> Result<bool> {
+    if let Some(life_then) = life_then {
+        let info: Info = server.get_json(&db_path(db, &[]))?;
+        if life(Generation::One, &info).as_deref() != Some(life_then) {
+            return Ok(false);
+        }
+    }
+    let stored = read_mark(server, db)?;
+    Ok(stored.and_then(|stored| stored.mark).as_ref() == Some(mark))
+}
+
+/// `_rev` of the stored checkpoint.
+///
+/// # Errors
+/// As [`open`].
+pub fn checkpoint_rev(server: &Server, db: &str, webhook: &str) -> Result<Option<String>> {
+    #[derive(Deserialize)]
+    struct Revision {
+        #[serde(rename = "_rev")]
+        rev: Option<String>,
+    }
+    let path = local_path(db, &checkpoint_id(webhook));
+    let Some(reply) = read_local(server, db, &path)? else { return Ok(None) };
+    from_json::<Revision>(&reply.body).map(|revision| revision.rev).context(|| format!("GET {path}"))
 }
 
 /// The database's mark, written first when there is none; for databases that get their first checkpoint.
@@ -284,6 +317,12 @@ fn creation_time(generation: Generation, info: &Info) -> Option<String> {
     let time = info.instance_start_time.as_ref()?.as_str()?;
     let is_seconds = (9..=11).contains(&time.len()) && time.bytes().all(|byte| byte.is_ascii_digit());
     (generation == Generation::Three && is_seconds).then(|| time.to_owned())
+}
+
+/// On 1.x `instance_start_time` is the time of opening.
+fn life(generation: Generation, info: &Info) -> Option<String> {
+    let time = info.instance_start_time.as_ref()?.as_str()?;
+    (generation == Generation::One).then(|| time.to_owned())
 }
 
 /// Whether a 1.x server counts less changes than the position says.

@@ -39,12 +39,30 @@ const TURN_CHECK: Duration = Duration::from_millis(200);
 /// What a reader gives.
 #[derive(Debug)]
 pub enum Fed {
-    /// Answer to [`Read::Open`], with the mark to be remembered.
-    Opened(FlowIndex, Opened, Mark),
+    /// Answer to [`Read::Open`].
+    Opened {
+        /// Which.
+        flow: FlowIndex,
+        /// For the flow.
+        opened: Opened,
+        /// The database's mark, to be remembered.
+        mark: Mark,
+        /// 1.x: the server's life, to be compared before a checkpoint is stored.
+        life: Option<String>,
+    },
     /// Rows of what is being read.
     Rows(FlowIndex, Vec<Arrived>),
     /// The end of it; `closed`: because of [`Reader::close`].
-    End { flow: FlowIndex, last_seq: Option<Seq>, pending: Option<u64>, closed: bool },
+    End {
+        /// Which.
+        flow: FlowIndex,
+        /// What CouchDB gave.
+        last_seq: Option<Seq>,
+        /// What it said to be still ahead.
+        pending: Option<u64>,
+        /// Whether we ended it.
+        closed: bool,
+    },
     /// The end of it, or of the opening, by a fault.
     Failed(FlowIndex, ReadFault, Option<Error>),
 }
@@ -54,7 +72,7 @@ pub struct Reader {
     commands: Sender<(Read, Option<Mark>)>,
     closer: FeedCloser,
     stopping: Arc<AtomicBool>,
-    thread: Thread,
+    thread: Option<Thread>,
 }
 
 impl Reader {
@@ -87,7 +105,7 @@ impl Reader {
             stopping: Arc::clone(&stopping),
         };
         let thread = sys::spawn(&name, move || state.run(&orders))?;
-        Ok(Reader { commands, closer, stopping, thread })
+        Ok(Reader { commands, closer, stopping, thread: Some(thread) })
     }
 
     /// Orders one reading; never waits. `known_mark` is what the webhook's record says of the database.
@@ -101,10 +119,16 @@ impl Reader {
     }
 
     /// Ends the thread as soon as it can be woken; it is joined with the value given.
-    pub fn stop(self) -> Thread {
+    pub fn stop(mut self) -> Thread {
+        self.thread.take().expect("it is taken only here")
+    }
+}
+
+impl Drop for Reader {
+    /// Also when the webhook's thread panics: a feed that nobody listens to must not stay open.
+    fn drop(&mut self) {
         self.stopping.store(true, Ordering::SeqCst);
         self.closer.close();
-        self.thread
     }
 }
 
@@ -179,7 +203,7 @@ impl State {
                  the beginning"
             );
         }
-        self.opened = Some(Known { mark: opened.mark, life: opened.life });
+        self.opened = Some(Known { mark: opened.mark, life: opened.life.clone() });
         let checkpoint = opened.checkpoint.map(|checkpoint| {
             let delivered = checkpoint.delivered.iter().map(|id| id.0).collect();
             (checkpoint.through_seq, delivered)
@@ -191,7 +215,7 @@ impl State {
             rev: opened.checkpoint_rev,
             doc_count: opened.doc_count,
         };
-        Ok(Fed::Opened(self.flow, found, opened.mark))
+        Ok(Fed::Opened { flow: self.flow, opened: found, mark: opened.mark, life: opened.life })
     }
 
     /// One request for rows, after a look whether the database is still the one that was opened.

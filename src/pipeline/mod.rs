@@ -12,6 +12,7 @@
 
 pub mod activation;
 pub mod checkpointer;
+pub mod complaints;
 pub mod dispatcher;
 pub mod feed_reader;
 pub mod permits;
@@ -22,6 +23,7 @@ use std::sync::Arc;
 
 use crate::couch::client::Server;
 use crate::pipeline::checkpointer::CheckpointSender;
+use crate::pipeline::complaints::Outage;
 use crate::pipeline::feed_reader::FilteredPages;
 use crate::pipeline::permits::Permits;
 use crate::pure::checkpoint::StateKey;
@@ -43,6 +45,8 @@ pub struct Shared {
     pub checkpoints: CheckpointSender,
     /// One filtered page per database at a time: hanging up does not stop the server's scan.
     pub filtered_pages: Arc<FilteredPages>,
+    /// What is said of a CouchDB that does not answer, once for all.
+    pub outage: Arc<Outage>,
     /// Times of `[hookd]`.
     pub hookd: Arc<crate::config::Hookd>,
 }

@@ -26,6 +26,16 @@ impl WebhookId {
         WebhookId(hash[..16].try_into().expect("SHA-256 has 32 bytes"))
     }
 
+    /// From its text.
+    pub fn parse(text: &str) -> Option<WebhookId> {
+        let hex = text.strip_prefix("msg_").filter(|hex| hex.len() == 32 && hex.is_ascii())?;
+        let mut bytes = [0; 16];
+        for (at, byte) in bytes.iter_mut().enumerate() {
+            *byte = u8::from_str_radix(&hex[2 * at..2 * at + 2], 16).ok()?;
+        }
+        Some(WebhookId(bytes))
+    }
+
     /// The first 16 hex digits as a number: what checkpoints and memory keep.
     pub fn short(&self) -> u64 {
         u64::from_be_bytes(self.0[..8].try_into().expect("8 of 16 bytes"))

@@ -24,6 +24,16 @@ pub enum Verdict<T> {
     Settled(T),
 }
 
+impl<T> Verdict<T> {
+    /// The answer, and whether it has settled.
+    pub fn into_parts(self) -> (T, bool) {
+        match self {
+            Verdict::Provisional(answer) => (answer, false),
+            Verdict::Settled(answer) => (answer, true),
+        }
+    }
+}
+
 /// The machine. Ask at [`Settling::next_ask`], tell it the outcome.
 #[derive(Debug)]
 pub struct Settling<T> {

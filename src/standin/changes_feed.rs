@@ -5,17 +5,19 @@
 //! Rows are gathered under the lock in small batches and written without it.
 
 use std::io;
-use std::time::Duration;
+use std::sync::MutexGuard;
+use std::time::{Duration, Instant};
 
 use serde_json::Value;
 
 use crate::standin::couch::{FilterFunction, Flavour, State, World};
+use crate::standin::docs::{Document, Refusal, quoted};
 use crate::standin::http::{Answer, ChunkWriter, Request};
 use crate::standin::quirks::take_one;
 use crate::standin::routes::{self, Reply, standard_headers};
 use crate::standin::selector;
 use crate::standin::seqs;
-use crate::standin::store::{Database, Document, Place, Refusal, quoted};
+use crate::standin::store::{Database, Place};
 use crate::sys;
 
 /// Documents looked at before the lock is given to others.
@@ -86,6 +88,15 @@ struct Feed {
     n_rows: usize,
     /// Changes ahead when it began: `pending` of `_doc_ids` on 3.x counts from there.
     n_ahead: usize,
+}
+
+/// The times of a request that stays open.
+struct Clock {
+    /// When the last row was given, or it first had to wait.
+    quiet_since: Instant,
+    last_beat: Instant,
+    /// Whether it has been at the end of what there is.
+    waiting: bool,
 }
 
 /// What a look at the database gave.
@@ -169,21 +180,19 @@ impl Feed {
     /// Gives rows until the feed ends; false when it is to stay open and silent for ever.
     fn give(&mut self, world: &World, out: &mut Out<'_>, first: Look) -> io::Result<bool> {
         let mut first = Some(first);
-        let (mut quiet_since, mut last_beat) = (sys::now(), sys::now());
-        let mut waiting = false;
+        let mut clock = Clock { quiet_since: sys::now(), last_beat: sys::now(), waiting: false };
         loop {
             let mut state = world.lock();
-            let look = first.take().unwrap_or_else(|| self.look(&mut state));
-            match look {
+            match first.take().unwrap_or_else(|| self.look(&mut state)) {
                 Look::Rows(rows) => {
-                    let awake = state.quirks.filtered_feeds_never_end && waiting;
+                    let never_ends = state.quirks.filtered_feeds_never_end && clock.waiting;
                     drop(state);
                     out.write(&rows)?;
-                    if awake && rows.is_empty() && self.flavour != Flavour::V1 {
+                    if never_ends && rows.is_empty() && self.flavour != Flavour::V1 {
                         out.write("\n")?;
                     }
-                    if awake || !rows.is_empty() {
-                        quiet_since = sys::now();
+                    if never_ends || !rows.is_empty() {
+                        clock.quiet_since = sys::now();
                     }
                     if self.n_rows >= self.limit {
                         return Ok(true);
@@ -200,36 +209,49 @@ impl Feed {
                 Look::Gone => return Ok(!state.quirks.feeds_outlive_database),
                 Look::Dry if !self.goes_on() => return Ok(true),
                 Look::Dry => {
-                    let now = sys::now();
-                    if state.stopped || out.writer.peer_gone() {
-                        return Err(gone());
-                    }
-                    if !waiting {
-                        waiting = true;
-                        quiet_since = now;
-                        if self.kind == FeedKind::LongPoll && self.flavour == Flavour::V3 {
-                            drop(state);
-                            out.write("\n")?;
-                            continue;
-                        }
-                    }
-                    let deadline = match self.heartbeat {
-                        Some(heartbeat) => last_beat + heartbeat,
-                        None => quiet_since + self.timeout,
-                    };
-                    if now < deadline {
-                        drop(world.wait(state, (deadline - now).min(PEER_CHECK)));
-                        continue;
-                    }
-                    if self.heartbeat.is_none() {
+                    if self.wait(world, state, out, &mut clock)? {
                         return Ok(true);
                     }
-                    drop(state);
-                    last_beat = now;
-                    out.write("\n")?;
                 }
             }
         }
+    }
+
+    /// Waits for the next thing to happen; true when the timeout has come.
+    fn wait(
+        &self,
+        world: &World,
+        state: MutexGuard<'_, State>,
+        out: &mut Out<'_>,
+        clock: &mut Clock,
+    ) -> io::Result<bool> {
+        let now = sys::now();
+        if state.stopped || out.writer.peer_gone() {
+            return Err(gone());
+        }
+        if !clock.waiting {
+            clock.waiting = true;
+            clock.quiet_since = now;
+            if self.kind == FeedKind::LongPoll && self.flavour == Flavour::V3 {
+                drop(state);
+                return out.write("\n").map(|()| false);
+            }
+        }
+        let deadline = match self.heartbeat {
+            Some(heartbeat) => clock.last_beat + heartbeat,
+            None => clock.quiet_since + self.timeout,
+        };
+        if now < deadline {
+            drop(world.wait(state, (deadline - now).min(PEER_CHECK)));
+            return Ok(false);
+        }
+        drop(state);
+        // A heartbeat switches the timeout off.
+        if self.heartbeat.is_some() {
+            clock.last_beat = now;
+            out.write("\n")?;
+        }
+        Ok(self.heartbeat.is_none())
     }
 
     /// Whether a feed with nothing more to give stays open.

@@ -17,10 +17,11 @@ use serde_json::Value;
 
 use crate::error::{Error, Kind, Result};
 use crate::standin::changes_feed;
+use crate::standin::docs::{Incoming, Refusal, Rev};
 use crate::standin::http::{Answer, Request, Server, locked};
 use crate::standin::quirks::{FaultKind, Quirks};
 use crate::standin::routes::{self, Reply};
-use crate::standin::store::{Database, Incoming, Refusal, Rev};
+use crate::standin::store::Database;
 use crate::sys;
 
 /// Requests kept in the log; older ones are dropped.
@@ -454,10 +455,7 @@ fn said(refusal: Refusal) -> Error {
 fn handle(world: &World, request: &Request, answer: Answer<'_>) {
     let (fault, slow) = world.change(|state| {
         state.log(request);
-        let query: Vec<String> =
-            request.query.iter().map(|(name, value)| format!("{name}={value}")).collect();
-        let line = format!("{} {}?{}", request.method, request.path, query.join("&"));
-        (state.quirks.take_fault(&line), state.quirks.slow)
+        (state.quirks.take_fault(request), state.quirks.slow)
     });
     if let Some(slow) = slow {
         world.pause(slow, || answer.peer_gone());

@@ -2,6 +2,8 @@
 
 use std::time::Duration;
 
+use crate::standin::http::Request;
+
 /// Misbehaviour, all of it off by default. Numbers say "the next so many" and count down.
 #[derive(Debug, Clone, Default)]
 pub struct Quirks {
@@ -35,7 +37,7 @@ pub struct Quirks {
 /// An answer to make instead of the right one.
 #[derive(Debug, Clone)]
 pub struct Fault {
-    /// A part of `METHOD /path?query`, still percent-encoded: `PUT /orders/`, `_changes`.
+    /// A part of `METHOD /path?name=value&…`, the path percent-encoded, the query not: `PUT /orders/`, `_changes`.
     pub request: String,
     /// How many times.
     pub times: u32,
@@ -60,9 +62,14 @@ pub enum FaultKind {
 
 impl Quirks {
     /// Takes the fault for a request, if there is one, and counts it down.
-    pub(crate) fn take_fault(&mut self, request: &str) -> Option<FaultKind> {
-        let fault =
-            self.faults.iter_mut().find(|fault| fault.times > 0 && request.contains(&fault.request))?;
+    pub(crate) fn take_fault(&mut self, request: &Request) -> Option<FaultKind> {
+        if self.faults.is_empty() {
+            return None;
+        }
+        let query: Vec<String> =
+            request.query.iter().map(|(name, value)| format!("{name}={value}")).collect();
+        let line = format!("{} {}?{}", request.method, request.path, query.join("&"));
+        let fault = self.faults.iter_mut().find(|fault| fault.times > 0 && line.contains(&fault.request))?;
         fault.times -= 1;
         Some(fault.kind)
     }

@@ -341,19 +341,25 @@ pub fn run_receive(options: &ReceiveOptions, out: &mut dyn Write, stop: &Inbox<(
         writeln!(out, "receiving on {} ({how})", receiver.url()).and_then(|()| out.flush())
     };
     let mut failed = written.is_err();
-    while !failed {
-        let delivery = select! {
-            recv(stop) -> _ => break,
-            recv(printed) -> delivery => match delivery {
-                Ok(delivery) => delivery,
-                Err(_) => break,
-            },
-        };
+    let mut show = |delivery: &Delivery| {
         if verifying && delivery.verified.is_err() {
             exit = 1;
         }
-        let line = if options.json { json_line(&delivery) } else { text_line(&delivery, verifying) };
-        failed = print(out, &line).is_err();
+        let line = if options.json { json_line(delivery) } else { text_line(delivery, verifying) };
+        print(out, &line).is_err()
+    };
+    while !failed {
+        select! {
+            recv(stop) -> _ => break,
+            recv(printed) -> delivery => match delivery {
+                Ok(delivery) => failed = show(&delivery),
+                Err(_) => break,
+            },
+        }
+    }
+    // What has been answered is printed, too.
+    while let (false, Ok(delivery)) = (failed, printed.try_recv()) {
+        failed = show(&delivery);
     }
     // Whoever still waits to be printed must not hold up the end.
     drop(printed);

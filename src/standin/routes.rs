@@ -11,10 +11,11 @@ use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, utf8_percent_encode};
 use serde_json::Value;
 
 use crate::standin::couch::{Flavour, State};
+use crate::standin::docs::{Incoming, Refusal, Rev, quoted};
 use crate::standin::http::{Answer, Request};
 use crate::standin::quirks::take_one;
 use crate::standin::seqs;
-use crate::standin::store::{Database, Incoming, Refusal, Rev, quoted};
+use crate::standin::store::Database;
 
 /// What stands in a `Location` as it is.
 const UNRESERVED: AsciiSet = NON_ALPHANUMERIC.remove(b'-').remove(b'.').remove(b'_').remove(b'~');

@@ -6,7 +6,7 @@ use std::cmp::Ordering;
 
 use serde_json::Value;
 
-use crate::standin::store::Refusal;
+use crate::standin::docs::Refusal;
 
 /// Whether a document passes.
 ///

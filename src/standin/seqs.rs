@@ -8,7 +8,8 @@ use base64::Engine;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD;
 
 use crate::standin::couch::Flavour;
-use crate::standin::store::{Database, Place, Refusal};
+use crate::standin::docs::Refusal;
+use crate::standin::store::{Database, Place};
 
 /// What real seqs begin with behind their number; a constant of Erlang's external format.
 const PREFIX: &str = "g1AAAA";
@@ -75,7 +76,7 @@ fn check_byte(bytes: &[u8]) -> u8 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::standin::store::Incoming;
+    use crate::standin::docs::Incoming;
 
     fn filled(flavour: Flavour, incarnation: u64) -> Database {
         let mut db = Database::new(flavour, if flavour == Flavour::V1 { 1 } else { 3 }, incarnation, 0);

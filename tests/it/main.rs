@@ -4,4 +4,10 @@
 
 mod couch;
 mod host;
+mod http_client;
+mod receiver;
+mod standin;
+mod standin_recorded;
+
+mod outside;
 mod tidy;

@@ -1,0 +1,119 @@
+//! The start of a webhook: its record in `state_db`, and the moment that `since = now` means.
+//!
+//! Guarantees (DESIGN §4, §7): `now` is resolved once, at the very first start; every database that exists then
+//! has a mark and a checkpoint before the record that says so is written, so that a kill in between begins the
+//! first start anew and a kill after it loses nothing. Whatever appears later is read from its beginning.
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use crate::config::{self, Since};
+use crate::couch::feed;
+use crate::couch::local_docs;
+use crate::couch::state_db::{self, DeadLetterClass, WebhookRecord};
+use crate::error::{Context, Kind, Result};
+use crate::pipeline::Shared;
+use crate::pipeline::store::change_record;
+use crate::pure::checkpoint::{Checkpoint, Mark};
+use crate::pure::dispatch::{FlowIndex, SuspectLetter};
+use crate::pure::message::WebhookId;
+use crate::sys;
+
+/// What a webhook starts with.
+#[derive(Debug)]
+pub struct Active {
+    /// Its record as it is now.
+    pub record: WebhookRecord,
+    /// Whether this was its first start.
+    pub first: bool,
+    /// Letters that the daemon itself sends again.
+    pub suspects: Vec<(FlowIndex, SuspectLetter)>,
+    /// Dead letters that are stored, counted up to the limit.
+    pub n_letters: u64,
+}
+
+/// Whether this webhook was active before with the same configuration.
+///
+/// # Errors
+/// As reading the record.
+pub fn is_known(shared: &Shared, webhook: &config::Webhook) -> Result<bool> {
+    let record = state_db::read_record(&shared.server, &shared.state_db, &webhook.name)?;
+    Ok(record.is_some_and(|record| record.fingerprint == webhook.fingerprint))
+}
+
+/// Brings the webhook's record up to date, making it at the first start.
+///
+/// # Errors
+/// Whatever CouchDB answered; nothing is half done that a second call would not complete.
+pub fn activate(shared: &Shared, webhook: &config::Webhook) -> Result<Active> {
+    let Shared { server, state_db, .. } = shared;
+    let stored = state_db::read_record(server, state_db, &webhook.name)?;
+    let first = stored.as_ref().is_none_or(|record| record.activated_at.is_none());
+    let databases = if first { first_start(shared, webhook)? } else { BTreeMap::new() };
+    let record = change_record(shared, &webhook.name, |record| {
+        if record.activated_at.is_none() {
+            record.activated_at = Some(sys::wall());
+            record.databases = databases.clone();
+            record.since = Some(since_text(&webhook.since).to_owned());
+        }
+        if record.fingerprint != webhook.fingerprint {
+            // A changed section is how an operator says that the endpoint is another one now.
+            record.fingerprint = webhook.fingerprint.clone();
+            (record.gone_since, record.gone_reason) = (None, None);
+            (record.paused_since, record.paused_reason) = (None, None);
+        }
+    })
+    .context(|| "failed to write the webhook's record".to_owned())?;
+    let letters = state_db::list_suspects(server, state_db, &webhook.name)
+        .context(|| "failed to list dead letters".to_owned())?;
+    let suspects = letters.into_iter().filter(|letter| letter.class == DeadLetterClass::Suspect);
+    let suspects = suspects.filter_map(|letter| {
+        let flow = webhook.db.iter().position(|db| *db == letter.db)?;
+        Some((flow, SuspectLetter { id: WebhookId::parse(&letter.id)?, doc_id: letter.doc_id }))
+    });
+    let suspects = suspects.collect();
+    let n_letters =
+        state_db::count_dead_letters(server, state_db, &webhook.name, shared.hookd.dead_letters_max + 1)?;
+    Ok(Active { record, first, suspects, n_letters })
+}
+
+/// Gives every database that exists its mark and, for `now`, its first checkpoint.
+fn first_start(shared: &Shared, webhook: &config::Webhook) -> Result<BTreeMap<String, Mark>> {
+    let Shared { server, key, .. } = shared;
+    let generation = server.welcome()?.generation;
+    let mut databases = BTreeMap::new();
+    let no_pause = |_: Duration| {};
+    for db in &webhook.db {
+        let opened = local_docs::open(server, generation, db, &webhook.name, key, None, &no_pause);
+        let opened = match opened {
+            // Not there yet: read from its beginning when it appears.
+            Err(error) if error.kind() == Kind::NotFound => continue,
+            opened => opened.context(|| format!("database `{db}`"))?,
+        };
+        databases.insert(db.clone(), opened.mark);
+        // One that is there is of an attempt that was killed before the record was written, or the record was
+        // lost: then it is what knows best, and where it is not believed, the beginning loses nothing.
+        if webhook.since == Since::Now && opened.checkpoint_rev.is_none() {
+            let through_seq =
+                feed::resolve_now(server, db, generation).context(|| format!("database `{db}`"))?;
+            let checkpoint = Checkpoint {
+                through_seq,
+                mark: opened.mark,
+                delivered: Vec::new(),
+                time: sys::wall(),
+                version: env!("CARGO_PKG_VERSION").to_owned(),
+            };
+            local_docs::write_checkpoint(server, db, &webhook.name, key, &checkpoint, None)
+                .context(|| format!("database `{db}`: failed to write the first checkpoint"))?;
+        }
+    }
+    Ok(databases)
+}
+
+/// `since` as it is written in a configuration.
+pub fn since_text(since: &Since) -> &'static str {
+    match since {
+        Since::Now => "now",
+        Since::Beginning => "0",
+    }
+}

@@ -1,0 +1,719 @@
+//! A webhook's own thread: drives `pure::dispatch` and starts, feeds and joins everything else of the webhook.
+//!
+//! Guarantees: outcomes are taken before new rows, because finished work frees room and moves the checkpoint; this
+//! thread never waits for CouchDB or the endpoint once the webhook runs; a stop ends within the time given,
+//! whatever hangs, and gives back the threads that could not be joined by then.
+
+use std::collections::HashMap;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use crossbeam_channel::{Receiver, Sender, bounded, never, select_biased};
+
+use crate::config;
+use crate::couch::state_db::{DeadLetter, DeadLetterClass};
+use crate::error::{Kind, Result};
+use crate::pipeline::Shared;
+use crate::pipeline::activation::{self, Active};
+use crate::pipeline::checkpointer::{self, Stored};
+use crate::pipeline::complaints::{Complaint, Outage};
+use crate::pipeline::feed_reader::{Fed, Reader};
+use crate::pipeline::store::{Change, Errand, Errant, Store};
+use crate::pipeline::webhook::{Answer, Endpoint};
+use crate::pure::checkpoint::Mark;
+use crate::pure::dispatch::{Action, Attempt, Dispatch, FlowIndex, Notice};
+use crate::pure::endpoint::{self, DownReason, LetterClass, Moment, Outcome, Settings};
+use crate::pure::flow::{self, Flow, Read};
+use crate::pure::message::{Telling, WebhookId};
+use crate::sys::{self, Thread};
+
+/// Batches of rows on their way; each is at most one socket read, or one row.
+const ROWS_MAX: usize = 2;
+/// A worker without work for this long ends.
+const WORKER_IDLE: Duration = Duration::from_secs(60);
+/// Between two tries to activate a webhook.
+const ACTIVATE_AGAIN: [Duration; 4] =
+    [Duration::from_millis(100), Duration::from_millis(500), Duration::from_secs(2), Duration::from_secs(5)];
+/// Failures remembered for dead letters; more than can be unfinished are forgotten all at once.
+const FAILURES_MAX: usize = 2 * endpoint::WINDOW_EVENTS;
+
+/// What a running webhook can be told.
+#[derive(Debug, Clone, Copy)]
+pub enum Order {
+    /// Its configuration has settled: it may start for the first time.
+    Confirm,
+    /// No new deliveries; `deliveries` for those in flight, then `checkpoint` for one last checkpoint.
+    Stop {
+        /// For what is in flight.
+        deliveries: Duration,
+        /// For the last checkpoint.
+        checkpoint: Duration,
+    },
+}
+
+/// A running webhook.
+pub struct Running {
+    orders: Sender<Order>,
+    ended: Receiver<Vec<Thread>>,
+    thread: Thread,
+}
+
+impl Running {
+    /// Starts the webhook. Unless `confirmed`, only one that ran before with this very configuration goes on.
+    ///
+    /// # Errors
+    /// `Io` when no thread can be started.
+    pub fn start(shared: &Shared, webhook: config::Webhook, confirmed: bool) -> Result<Running> {
+        let (orders, ordered) = bounded(4);
+        let (end, ended) = bounded(1);
+        let shared = shared.clone();
+        let thread = sys::spawn(&format!("webhook:{}", webhook.name), move || {
+            let left = run(&shared, &webhook, confirmed, &ordered);
+            let _ = end.send(left);
+        })?;
+        Ok(Running { orders, ended, thread })
+    }
+
+    /// Tells it something; never waits.
+    pub fn order(&self, order: Order) {
+        let _ = self.orders.try_send(order);
+    }
+
+    /// Whether it has ended, so that `join` does not wait.
+    pub fn is_ended(&self) -> bool {
+        !self.ended.is_empty() || self.thread.is_finished()
+    }
+
+    /// Waits for its end, until `deadline`; gives the threads that are still busy with something that hangs.
+    pub fn join(self, deadline: Instant) -> Vec<Thread> {
+        match self.ended.recv_deadline(deadline) {
+            Ok(mut left) => {
+                left.push(self.thread);
+                left
+            }
+            Err(_) => vec![self.thread],
+        }
+    }
+}
+
+fn run(shared: &Shared, webhook: &config::Webhook, confirmed: bool, orders: &Receiver<Order>) -> Vec<Thread> {
+    let Some(active) = activate(shared, webhook, confirmed, orders) else { return Vec::new() };
+    if say_start(shared, webhook, &active) {
+        match Dispatcher::start(shared, webhook, active) {
+            Ok(dispatcher) => return dispatcher.run(orders),
+            Err(error) => log::error!("webhook `{}` cannot run: {error}", webhook.name),
+        }
+    }
+    // Held back: nothing to do until the configuration changes, or we are stopped.
+    while !matches!(orders.recv(), Ok(Order::Stop { .. }) | Err(_)) {}
+    Vec::new()
+}
+
+/// Activates the webhook, as soon as CouchDB lets us; `None` when stopped before.
+fn activate(
+    shared: &Shared,
+    webhook: &config::Webhook,
+    mut confirmed: bool,
+    orders: &Receiver<Order>,
+) -> Option<Active> {
+    let mut complaint = Complaint::default();
+    let mut tries = 0;
+    loop {
+        let active = match confirmed {
+            true => activation::activate(shared, webhook).map(Some),
+            false => activation::is_known(shared, webhook)
+                .and_then(|known| known.then(|| activation::activate(shared, webhook)).transpose()),
+        };
+        let pause = match active {
+            Ok(Some(active)) => return Some(active),
+            // Not known: waits to be confirmed, or stopped.
+            Ok(None) => None,
+            Err(error) => {
+                if Outage::concerns(&error) {
+                    shared.outage.say(&error);
+                } else if error.kind() != Kind::Stopped && complaint.is_news(error.kind(), sys::now()) {
+                    log::error!("webhook `{}` cannot start: {error}; trying again", webhook.name);
+                }
+                tries += 1;
+                Some(ACTIVATE_AGAIN[(tries - 1).min(ACTIVATE_AGAIN.len() - 1)])
+            }
+        };
+        let order = match pause {
+            Some(pause) => orders.recv_timeout(pause).ok(),
+            None => orders.recv().ok(),
+        };
+        match order {
+            Some(Order::Stop { .. }) => return None,
+            Some(Order::Confirm) => confirmed = true,
+            None if pause.is_none() => return None,
+            None => {}
+        }
+    }
+}
+
+/// Says how the webhook starts; `false` when it may not run.
+fn say_start(shared: &Shared, webhook: &config::Webhook, active: &Active) -> bool {
+    let name = &webhook.name;
+    let databases = webhook.db.join("`, `");
+    if let Some(since) = active.record.gone_since {
+        log::error!(
+            "webhook `{name}` is paused for good: its endpoint said 410 at {since}; a change of its section ends that"
+        );
+        return false;
+    }
+    if let Some(since) = active.record.paused_since {
+        let reason = active.record.paused_reason.as_deref().unwrap_or("no reason was kept");
+        log::error!("webhook `{name}` is paused since {since} ({reason}); a change of its section ends that");
+        return false;
+    }
+    if webhook.paused {
+        log::info!("webhook `{name}` is paused by its configuration");
+        return false;
+    }
+    if active.n_letters > shared.hookd.dead_letters_max {
+        log::error!(
+            "webhook `{name}` is paused: more than {} dead letters of it lie in `{}`; delete them, or raise \
+             dead_letters_max",
+            shared.hookd.dead_letters_max,
+            shared.state_db
+        );
+        return false;
+    }
+    if active.first {
+        let from = match webhook.since {
+            config::Since::Now => "from now on",
+            config::Since::Beginning => "from their beginning",
+        };
+        log::info!("webhook `{name}` starts for the first time: tells changes of `{databases}` {from}");
+    } else {
+        let since = activation::since_text(&webhook.since);
+        if active.record.since.as_deref().is_some_and(|first| first != since) {
+            log::warn!("webhook `{name}`: `since = {since}` has no effect, it has a position already");
+        }
+        log::info!("webhook `{name}` goes on with changes of `{databases}`");
+    }
+    true
+}
+
+/// What the last failure of an event was, for its dead letter.
+struct Failure {
+    status: Option<u16>,
+    text: String,
+    first: jiff::Timestamp,
+}
+
+/// What came of an attempt.
+struct Done {
+    token: u64,
+    answer: Answer,
+}
+
+struct Dispatcher<'a> {
+    shared: &'a Shared,
+    webhook: &'a config::Webhook,
+    dispatch: Dispatch,
+    tellings: Arc<Vec<Telling>>,
+    marks: Vec<Option<Mark>>,
+    lives: Vec<Option<String>>,
+    readers: Vec<Reader>,
+    store: Store,
+    endpoint: Arc<Endpoint>,
+    jobs: Sender<Attempt>,
+    jobs_taken: Receiver<Attempt>,
+    workers: Vec<Thread>,
+    n_workers_made: u64,
+    in_flight: HashMap<u64, (WebhookId, jiff::Timestamp)>,
+    failures: HashMap<WebhookId, Failure>,
+    complaints: Vec<Complaint>,
+    n_letters: u64,
+    bytes: usize,
+    stop: Option<Stopping>,
+    channels: Channels,
+}
+
+#[derive(Clone, Copy)]
+struct Stopping {
+    deliveries_until: Instant,
+    until: Instant,
+    hurry: Duration,
+    cut: bool,
+}
+
+struct Channels {
+    done: (Sender<Done>, Receiver<Done>),
+    stored: (Sender<Stored>, Receiver<Stored>),
+    errants: (Sender<Errant>, Receiver<Errant>),
+    fed: (Sender<Fed>, Receiver<Fed>),
+    wake: (Sender<()>, Receiver<()>),
+}
+
+impl<'a> Dispatcher<'a> {
+    fn start(shared: &'a Shared, webhook: &'a config::Webhook, active: Active) -> Result<Dispatcher<'a>> {
+        let n = webhook.db.len();
+        let tellings: Vec<Telling> = webhook.db.iter().map(|db| telling(shared, webhook, db)).collect();
+        let channels = Channels {
+            done: bounded(webhook.concurrency),
+            stored: bounded(n),
+            errants: bounded(16),
+            fed: bounded(ROWS_MAX),
+            wake: bounded(1),
+        };
+        let endpoint = Arc::new(Endpoint::new(webhook)?);
+        let flows = (0..n).map(|_| {
+            let strict = webhook.concurrency == 1;
+            let hookd = &shared.hookd;
+            Flow::new(strict, webhook.filter.is_some(), hookd.feed_rotate, hookd.checkpoint_interval)
+        });
+        let mut dispatch = Dispatch::new(settings(webhook), flows.collect(), sys::now());
+        dispatch.restore_suspects(active.suspects, sys::now());
+        let readers = tellings.iter().enumerate().map(|(flow, telling)| {
+            Reader::start(shared, webhook, telling.clone(), flow, channels.fed.0.clone())
+        });
+        let readers = readers.collect::<Result<_>>()?;
+        let store = Store::start(shared, webhook, tellings.clone(), channels.errants.0.clone())?;
+        let (jobs, jobs_taken) = bounded(webhook.concurrency);
+        Ok(Dispatcher {
+            marks: webhook.db.iter().map(|db| active.record.databases.get(db).copied()).collect(),
+            lives: vec![None; n],
+            complaints: (0..n).map(|_| Complaint::default()).collect(),
+            shared,
+            webhook,
+            dispatch,
+            tellings: Arc::new(tellings),
+            readers,
+            store,
+            endpoint,
+            jobs,
+            jobs_taken,
+            workers: Vec::new(),
+            n_workers_made: 0,
+            in_flight: HashMap::new(),
+            failures: HashMap::new(),
+            n_letters: active.n_letters,
+            bytes: 0,
+            stop: None,
+            channels,
+        })
+    }
+
+    fn run(mut self, orders: &Receiver<Order>) -> Vec<Thread> {
+        let mut actions = Vec::new();
+        loop {
+            let now = sys::now();
+            let wake = &self.channels.wake.0;
+            let permits = &self.shared.permits;
+            let mut permit = || permits.take(wake);
+            self.dispatch.poll(now, permits.bytes_free(), sys::jitter(), &mut permit, &mut actions);
+            for action in actions.drain(..) {
+                self.act(action, now);
+            }
+            self.count_bytes();
+            if self.is_over(now) {
+                return self.end();
+            }
+            self.wait(orders);
+        }
+    }
+
+    /// Waits for one input, then takes whatever else is there; rows last and one batch at a time.
+    fn wait(&mut self, orders: &Receiver<Order>) {
+        let Channels { done, stored, errants, fed, wake } = &self.channels;
+        let (done, stored, errants, fed, wake) =
+            (done.1.clone(), stored.1.clone(), errants.1.clone(), fed.1.clone(), wake.1.clone());
+        let deadline = match (self.dispatch.next_deadline(), &self.stop) {
+            (deadline, Some(stop)) => {
+                let next = if stop.cut { stop.until } else { stop.deliveries_until };
+                Some(deadline.map_or(next, |deadline| deadline.min(next)))
+            }
+            (deadline, None) => deadline,
+        };
+        let timer = match deadline {
+            Some(deadline) => crossbeam_channel::at(deadline),
+            None => never(),
+        };
+        select_biased! {
+            recv(done) -> input => input.into_iter().for_each(|done| self.on_done(done)),
+            recv(stored) -> input => input.into_iter().for_each(|stored| self.on_stored(stored)),
+            recv(errants) -> input => input.into_iter().for_each(|errant| self.on_errant(errant)),
+            recv(orders) -> order => self.on_order(order.unwrap_or(STOP_NOW)),
+            recv(wake) -> _ => {}
+            recv(timer) -> _ => {}
+            recv(fed) -> input => input.into_iter().for_each(|fed| self.on_fed(fed)),
+        }
+        done.try_iter().for_each(|done| self.on_done(done));
+        stored.try_iter().for_each(|stored| self.on_stored(stored));
+        errants.try_iter().for_each(|errant| self.on_errant(errant));
+        fed.try_iter().take(1).for_each(|fed| self.on_fed(fed));
+    }
+
+    // --- Inputs ------------------------------------------------------------------------------------------
+
+    fn on_order(&mut self, order: Order) {
+        let Order::Stop { deliveries, checkpoint } = order else { return };
+        if self.stop.is_some() {
+            return;
+        }
+        let now = sys::now();
+        self.dispatch.halt();
+        self.readers.iter().for_each(Reader::close);
+        let deliveries_until = now + deliveries;
+        let until = deliveries_until + checkpoint;
+        self.stop = Some(Stopping { deliveries_until, until, hurry: checkpoint, cut: false });
+    }
+
+    fn on_done(&mut self, Done { token, answer }: Done) {
+        let now = sys::now();
+        let Some((id, started)) = self.in_flight.remove(&token) else { return };
+        if self.stop.is_some_and(|stop| stop.cut) && !is_status(answer.outcome) {
+            self.dispatch.on_given_back(token, now);
+            return;
+        }
+        match answer.outcome {
+            Outcome::Status { status: 200..=299, .. } => {
+                self.failures.remove(&id);
+                log::debug!("webhook `{}`: `{id}` delivered", self.webhook.name);
+            }
+            outcome => {
+                let status = match outcome {
+                    Outcome::Status { status, .. } => Some(status),
+                    Outcome::Unreachable | Outcome::Timeout | Outcome::Broken => None,
+                };
+                log::debug!("webhook `{}`: `{id}`: {outcome:?} {}", self.webhook.name, answer.text);
+                if self.failures.len() >= FAILURES_MAX {
+                    self.failures.clear();
+                }
+                let first = self.failures.get(&id).map_or(started, |failure| failure.first);
+                self.failures.insert(id, Failure { status, text: answer.text, first });
+            }
+        }
+        self.dispatch.on_outcome(token, answer.outcome, Moment { now, jitter: sys::jitter() });
+    }
+
+    fn on_stored(&mut self, Stored { flow, result }: Stored) {
+        let now = sys::now();
+        match result {
+            Ok(rev) => self.dispatch.on_checkpoint(flow, Some(rev), now),
+            Err(error) => {
+                self.complain(flow, &error, "failed to store the checkpoint");
+                self.dispatch.on_checkpoint(flow, None, now);
+            }
+        }
+    }
+
+    fn on_errant(&mut self, errant: Errant) {
+        let now = sys::now();
+        match errant {
+            Errant::LookedUp(token, exists) => self.dispatch.on_looked_up(token, exists, now),
+            Errant::Letter(token, stored) => {
+                if let Err(error) = &stored {
+                    let state_db = &self.shared.state_db;
+                    log::error!(
+                        "webhook `{}`: a dead letter could not be stored in `{state_db}`: {error}; its event stays \
+                         undelivered and is tried again",
+                        self.webhook.name
+                    );
+                }
+                self.dispatch.on_letter(token, stored.is_ok(), now);
+            }
+            Errant::Fetched(letter, fetched) => self.dispatch.on_fetched(&letter, *fetched, now),
+        }
+    }
+
+    fn on_fed(&mut self, fed: Fed) {
+        let now = sys::now();
+        match fed {
+            Fed::Opened { flow, opened, mark, life } => {
+                if self.marks[flow] != Some(mark) {
+                    self.marks[flow] = Some(mark);
+                    self.store.order(Errand::Record(Change::Mark(self.webhook.db[flow].clone(), mark)));
+                }
+                self.lives[flow] = life;
+                self.dispatch.on_opened(flow, opened);
+                self.shared.outage.over();
+                if self.complaints[flow].over() {
+                    log::info!("{}: reading again", self.place(flow));
+                }
+            }
+            Fed::Rows(flow, rows) => self.dispatch.on_rows(flow, rows, now),
+            Fed::End { flow, last_seq, pending, closed } => {
+                self.dispatch.on_end(flow, last_seq, pending, closed, now);
+            }
+            Fed::Failed(flow, fault, error) => {
+                if let Some(error) = error.filter(|_| self.stop.is_none()) {
+                    self.complain(flow, &error, "failed to read");
+                }
+                self.dispatch.on_read_failed(flow, fault, now);
+            }
+        }
+    }
+
+    fn complain(&mut self, flow: FlowIndex, error: &crate::error::Error, what: &str) {
+        if Outage::concerns(error) {
+            self.shared.outage.say(error);
+            return;
+        }
+        if !self.complaints[flow].is_news(error.kind(), sys::now()) {
+            log::debug!("{}: {what}: {error}", self.place(flow));
+            return;
+        }
+        let place = self.place(flow);
+        match error.kind() {
+            Kind::NotFound => log::warn!("{place} does not exist; waiting for it"),
+            Kind::Timeout => log::warn!("{place}: {error}; reconnecting"),
+            Kind::Stopped => {}
+            _ => log::error!("{place}: {what}: {error}; trying again"),
+        }
+    }
+
+    fn place(&self, flow: FlowIndex) -> String {
+        format!("webhook `{}`, database `{}`", self.webhook.name, self.webhook.db[flow])
+    }
+
+    // --- Actions -----------------------------------------------------------------------------------------
+
+    fn act(&mut self, action: Action, now: Instant) {
+        match action {
+            Action::Read(flow, read) => {
+                let known = if read == Read::Open { self.marks[flow] } else { None };
+                self.readers[flow].read(read, known);
+            }
+            Action::Close(flow) => self.readers[flow].close(),
+            Action::Attempt(attempt) => self.deliver(attempt),
+            Action::LookUp(attempt) => self.store.order(Errand::LookUp(attempt.token, attempt.event.id)),
+            Action::StoreLetter(attempt, class) => self.store_letter(&attempt, class, now),
+            Action::DeleteLetter(id) => {
+                self.n_letters = self.n_letters.saturating_sub(1);
+                self.store.order(Errand::Delete(id));
+            }
+            Action::Fetch(flow, letter) => {
+                // A flow that was never opened has no mark yet; the letter's document can wait.
+                match self.marks[flow] {
+                    Some(mark) => self.store.order(Errand::Fetch(flow, letter, mark)),
+                    None => self.dispatch.on_fetched(&letter, crate::pure::dispatch::Fetched::Failed, now),
+                }
+            }
+            Action::StoreCheckpoint(flow, position) => {
+                let job = checkpointer::Job {
+                    server: self.shared.server.clone(),
+                    db: self.webhook.db[flow].clone(),
+                    webhook: self.webhook.name.clone(),
+                    key: self.shared.key.clone(),
+                    position,
+                    life: self.lives[flow].clone(),
+                    hurry: self.stop.map(|stop| stop.hurry),
+                    flow,
+                    to: self.channels.stored.0.clone(),
+                };
+                if self.shared.checkpoints.try_send(job).is_err() {
+                    self.dispatch.on_checkpoint(flow, None, now);
+                }
+            }
+            Action::Say(notice) => self.say(notice),
+        }
+    }
+
+    fn deliver(&mut self, attempt: Attempt) {
+        self.in_flight.insert(attempt.token, (attempt.event.id, sys::wall()));
+        self.workers.retain(|worker| !worker.is_finished());
+        if self.workers.len() < self.in_flight.len()
+            && let Err(error) = self.add_worker()
+        {
+            log::error!("webhook `{}`: {error}", self.webhook.name);
+        }
+        self.jobs.try_send(attempt).expect("there is room for every delivery that is allowed");
+    }
+
+    fn add_worker(&mut self) -> Result<()> {
+        self.n_workers_made += 1;
+        let name = format!("worker:{}#{}", self.webhook.name, self.n_workers_made);
+        let (jobs, done) = (self.jobs_taken.clone(), self.channels.done.0.clone());
+        let (endpoint, tellings) = (Arc::clone(&self.endpoint), Arc::clone(&self.tellings));
+        let permits = Arc::clone(&self.shared.permits);
+        let worker = sys::spawn(&name, move || {
+            while let Ok(attempt) = jobs.recv_timeout(WORKER_IDLE) {
+                let token = attempt.token;
+                let deliver = AssertUnwindSafe(|| endpoint.deliver(&tellings[attempt.flow], &attempt));
+                // The panic was logged by its hook; the event must not hang for it.
+                let answer = catch_unwind(deliver)
+                    .unwrap_or_else(|_| Answer { outcome: Outcome::Broken, text: "we panicked".to_owned() });
+                drop(attempt);
+                permits.give_back();
+                if done.send(Done { token, answer }).is_err() {
+                    return;
+                }
+            }
+        })?;
+        self.workers.push(worker);
+        Ok(())
+    }
+
+    fn store_letter(&mut self, attempt: &Attempt, class: LetterClass, _now: Instant) {
+        let event = &attempt.event;
+        let failure = self.failures.get(&event.id);
+        let mark = self.marks[attempt.flow].expect("a feed that gave rows was opened");
+        let letter = DeadLetter {
+            id: event.id.to_string(),
+            webhook: self.webhook.name.clone(),
+            db: self.webhook.db[attempt.flow].clone(),
+            mark,
+            doc_id: event.doc_id.clone(),
+            rev: event.rev.clone(),
+            revs: std::iter::once(&event.rev).chain(&event.conflicts).cloned().collect(),
+            seq: event
+                .seq
+                .as_ref()
+                .and_then(|seq| serde_json::value::RawValue::from_string(seq.as_json().to_owned()).ok()),
+            event_type: event.event_type().to_owned(),
+            class: match class {
+                LetterClass::Refused => DeadLetterClass::Refused,
+                LetterClass::Suspect => DeadLetterClass::Suspect,
+                LetterClass::GaveUp => DeadLetterClass::GivenUp,
+            },
+            status: failure.and_then(|failure| failure.status),
+            answer: failure.map(|failure| failure.text.clone()).unwrap_or_default(),
+            attempts: attempt.attempt,
+            first_attempt_at: failure.map_or_else(sys::wall, |failure| failure.first),
+            stored_at: sys::wall(),
+        };
+        self.store.order(Errand::Letter(attempt.token, Box::new(letter)));
+    }
+
+    fn say(&mut self, notice: Notice) {
+        let name = &self.webhook.name;
+        match notice {
+            Notice::Endpoint(endpoint::Notice::Down(reason)) => {
+                log::warn!("webhook `{name}`: its endpoint {}; the checkpoint is held", down_text(reason));
+            }
+            Notice::Endpoint(endpoint::Notice::Up) => {
+                log::info!("webhook `{name}`: its endpoint takes events")
+            }
+            Notice::Endpoint(endpoint::Notice::Gone) => {
+                log::error!(
+                    "webhook `{name}`: its endpoint said 410 twice and is gone; paused for good, the checkpoint is \
+                     kept; a change of its section ends that"
+                );
+                self.store.order(Errand::Record(Change::Gone("the endpoint answered 410".to_owned())));
+            }
+            Notice::Flow(flow, flow::Notice::Recreated) => {
+                log::warn!(
+                    "{}: database.recreated: it was deleted and created again; reading from its beginning",
+                    self.place(flow)
+                );
+            }
+            Notice::Flow(flow, flow::Notice::Rewound { pending }) => {
+                log::warn!(
+                    "{}: feed.rewound: {pending} changes lie ahead of the checkpoint, more than half of the \
+                     database; what is told again has its first id",
+                    self.place(flow)
+                );
+            }
+            Notice::Letter(flow, id, class) => {
+                log::warn!("{}: `{id}` is a dead letter now ({})", self.place(flow), class.as_str());
+                self.failures.remove(&id);
+                self.n_letters += 1;
+                if self.n_letters > self.shared.hookd.dead_letters_max {
+                    self.pause_for_letters();
+                }
+            }
+            // Said by the store, with the reason.
+            Notice::LetterFailed(..) => {}
+        }
+    }
+
+    fn pause_for_letters(&mut self) {
+        let name = &self.webhook.name;
+        let max = self.shared.hookd.dead_letters_max;
+        log::error!("webhook `{name}`: more than {max} dead letters; paused until its section changes");
+        let reason = format!("more than {max} dead letters");
+        self.store.order(Errand::Record(Change::Paused(reason)));
+        self.dispatch.halt();
+        self.readers.iter().for_each(Reader::close);
+    }
+
+    fn count_bytes(&mut self) {
+        let now = self.dispatch.bytes();
+        if now != self.bytes {
+            self.shared.permits.hold_bytes(self.bytes, now);
+            self.bytes = now;
+        }
+    }
+
+    // --- The end -----------------------------------------------------------------------------------------
+
+    /// Whether everything is done that a stop waits for, or its time is up.
+    fn is_over(&mut self, now: Instant) -> bool {
+        let Some(stop) = &mut self.stop else { return false };
+        if !stop.cut && (self.in_flight.is_empty() || now >= stop.deliveries_until) {
+            stop.cut = true;
+            // What is still in flight is told again after the next start, with its first id.
+            self.endpoint.shut_down();
+            self.dispatch.flush(now);
+            return false;
+        }
+        stop.cut && (self.dispatch.is_stored() || now >= stop.until)
+    }
+
+    /// Ends every part; gives those that are not done yet.
+    fn end(self) -> Vec<Thread> {
+        self.shared.permits.hold_bytes(self.bytes, 0);
+        self.endpoint.shut_down();
+        drop(self.jobs);
+        let mut threads: Vec<Thread> = self.readers.into_iter().map(Reader::stop).collect();
+        threads.push(self.store.stop());
+        threads.extend(self.workers);
+        // Whoever is about to send to us finds nobody and ends.
+        drop(self.channels);
+        let (ended, left): (Vec<Thread>, Vec<Thread>) = threads.into_iter().partition(Thread::is_finished);
+        for thread in ended {
+            if let Err(panic) = thread.join() {
+                log::error!("{panic}");
+            }
+        }
+        left
+    }
+}
+
+/// When the daemon's own end of the orders is gone.
+const STOP_NOW: Order = Order::Stop { deliveries: Duration::ZERO, checkpoint: Duration::ZERO };
+
+fn is_status(outcome: Outcome) -> bool {
+    matches!(outcome, Outcome::Status { .. })
+}
+
+fn down_text(reason: DownReason) -> &'static str {
+    match reason {
+        DownReason::Unreachable => "cannot be reached",
+        DownReason::RetryAfter => "asks to be left alone (`Retry-After`)",
+        DownReason::Failing => "fails",
+        DownReason::RefusesEverything => {
+            "refuses one event after the other (nothing more becomes a dead letter)"
+        }
+        DownReason::TooManySuspects => "fails at too many different events",
+        DownReason::MaybeGone => "answered 410 once",
+    }
+}
+
+fn settings(webhook: &config::Webhook) -> Settings {
+    Settings {
+        concurrency: webhook.concurrency,
+        retry_schedule: webhook.retry_schedule.clone(),
+        retry_after_max: webhook.retry_after_max,
+        dead_letter_after: webhook.dead_letter_after,
+        dead_letter_on: webhook.dead_letter_on.clone(),
+        give_up_after: webhook.give_up_after,
+    }
+}
+
+fn telling(shared: &Shared, webhook: &config::Webhook, db: &str) -> Telling {
+    Telling {
+        webhook: webhook.name.clone(),
+        db: db.to_owned(),
+        source: format!("{}/{}", shared.source, crate::couch::client::encoded(db)),
+        events: webhook.events.clone(),
+        include_docs: webhook.include_docs,
+        conflicts: webhook.conflicts,
+        design_docs: webhook.design_docs,
+        payload_bytes_max: webhook.payload_bytes_max,
+    }
+}
