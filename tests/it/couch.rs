@@ -105,15 +105,15 @@ impl Drop for World {
     }
 }
 
-/// From a URL with a login in it.
+/// From a URL, with a login in it or without.
 fn hookd(url: &str) -> Hookd {
     let (scheme, rest) = url.split_once("://").unwrap();
-    let (login, host) = rest.split_once('@').unwrap();
-    let (username, password) = login.split_once(':').unwrap();
+    let (login, host) = rest.split_once('@').unwrap_or(("", rest));
+    let login = login.split_once(':');
     Hookd {
         couchdb_url: format!("{scheme}://{}", host.trim_end_matches('/')),
-        username: Some(username.to_owned()),
-        password: Some(Secret::new(password)),
+        username: login.map(|(username, _)| username.to_owned()),
+        password: login.map(|(_, password)| Secret::new(password)),
         ca_file: None,
         state_db: "couch_hookd".to_owned(),
         log_level: log::LevelFilter::Info,
