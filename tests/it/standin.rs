@@ -212,7 +212,7 @@ fn a_filtered_feed_may_never_end_while_others_write() {
         let honest = open();
         assert!(couch.wait_until(LIMIT, |seen| seen.n_open_feeds() == 1));
         assert!(write_until(&|| n_open() == 0, LIMIT), "{flavour:?}: without the quirk it ends");
-        assert!(honest.rest().body.starts_with("{\"last_seq\""));
+        assert!(honest.rest().body.trim_start().starts_with("{\"last_seq\""));
 
         couch.quirks(|quirks| quirks.filtered_feeds_never_end = true);
         let mut endless = open();
@@ -401,7 +401,7 @@ fn a_filter_that_throws_is_what_the_version_makes_of_it() {
     let reason = |path: &str| get(&couch.url(), path).json()["reason"].clone();
     assert_eq!(reason("/db/_changes?filter=app/x"), "missing");
     couch.put("db", "_design/app", &json!({})).unwrap();
-    assert_eq!(reason("/db/_changes?filter=app/x"), "missing json key: x");
+    assert_eq!(reason("/db/_changes?filter=app/x"), "missing json key: filters");
 }
 
 #[test]
