@@ -44,5 +44,5 @@ fn the_server_answers_as_a_couchdb_does() {
     socket.write_all(b"GET / HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n").unwrap();
     let mut answer = String::new();
     socket.read_to_string(&mut answer).unwrap();
-    assert!(answer.starts_with("HTTP/1.1 200") && answer.contains("pouchdb-server"), "{answer}");
+    assert!(answer.starts_with("HTTP/1.1 200") && answer.contains("PouchDB"), "{answer}");
 }
