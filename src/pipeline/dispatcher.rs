@@ -32,6 +32,8 @@ use crate::sys::{self, Thread};
 const ROWS_MAX: usize = 2;
 /// A worker without work for this long ends.
 const WORKER_IDLE: Duration = Duration::from_secs(60);
+/// An unfiltered open request is read anew after so many of its timeouts: quiet ones end by themselves before.
+const UNFILTERED_ROTATE: u32 = 2;
 /// Between two tries to activate a webhook.
 const ACTIVATE_AGAIN: [Duration; 4] =
     [Duration::from_millis(100), Duration::from_millis(500), Duration::from_secs(2), Duration::from_secs(5)];
@@ -263,7 +265,11 @@ impl<'a> Dispatcher<'a> {
         let flows = (0..n).map(|_| {
             let strict = webhook.concurrency == 1;
             let hookd = &shared.hookd;
-            Flow::new(strict, webhook.filter.is_some(), hookd.feed_rotate, hookd.checkpoint_interval)
+            let rotate = match webhook.filter {
+                Some(_) => hookd.feed_rotate,
+                None => hookd.feed_timeout * UNFILTERED_ROTATE,
+            };
+            Flow::new(strict, rotate, hookd.checkpoint_interval)
         });
         let mut dispatch = Dispatch::new(settings(webhook), flows.collect(), sys::now());
         dispatch.restore_suspects(active.suspects, sys::now());

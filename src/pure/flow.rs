@@ -8,7 +8,7 @@
 //!
 //! ```text
 //!  Open --ok--> Page --full--> Page ... --not full--> Wait --timeout--> Wait ...
-//!   ^            |                                     |  filtered: after `feed_rotate`, closed, one Page
+//!   ^            |                                     |  after `rotate`: closed, one Page
 //!   |            '---- no room: closed, Page later ----'
 //!   '-- any error, mark changed: wait a little, then Open: read mark, checkpoint, begin behind it
 //! ```
@@ -144,8 +144,9 @@ enum Next {
 /// The machine.
 #[derive(Debug)]
 pub struct Flow {
-    /// With a filter on CouchDB's side an open request may never end by itself.
-    rotate: Option<Duration>,
+    /// An open request may never end by itself: a filtered one does not (CONTRACT §6), nor does one on a busy
+    /// database, nor pouchdb-server's on a deleted one.
+    rotate: Duration,
     reading: Reading,
     next: Next,
     first_page: bool,
@@ -164,10 +165,11 @@ pub struct Flow {
 }
 
 impl Flow {
-    /// `filtered`: CouchDB filters this feed; then a request is read anew every `rotate`. `strict`: one lane.
-    pub fn new(strict: bool, filtered: bool, rotate: Duration, checkpoint_interval: Duration) -> Flow {
+    /// `strict`: one lane. An open request is closed after `rotate` and a page read, so that the position moves
+    /// though a filter drops everything, and so that the database is looked at again.
+    pub fn new(strict: bool, rotate: Duration, checkpoint_interval: Duration) -> Flow {
         Flow {
-            rotate: filtered.then_some(rotate),
+            rotate,
             reading: Reading::Idle,
             next: Next::Open,
             first_page: true,
@@ -254,9 +256,7 @@ impl Flow {
     pub fn should_close(&mut self, has_room: bool, now: Instant) -> bool {
         let close = match self.reading {
             Reading::Page { .. } => !has_room,
-            Reading::Waiting { since } => {
-                !has_room || self.rotate.is_some_and(|rotate| now >= since + rotate)
-            }
+            Reading::Waiting { since } => !has_room || now >= since + self.rotate,
             Reading::Idle | Reading::Parked(_) | Reading::Opening | Reading::Closing => false,
         };
         if close {
@@ -275,7 +275,7 @@ impl Flow {
     pub fn next_reading_deadline(&self) -> Option<Instant> {
         match self.reading {
             Reading::Parked(until) => Some(until),
-            Reading::Waiting { since } => self.rotate.map(|rotate| since + rotate),
+            Reading::Waiting { since } => Some(since + self.rotate),
             Reading::Idle | Reading::Opening | Reading::Page { .. } | Reading::Closing => None,
         }
     }
