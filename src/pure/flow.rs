@@ -29,8 +29,9 @@ const TOLD_MAX: usize = 10_000;
 const BEYOND_MAX: usize = 1_000;
 /// The first checkpoint after the first delivery comes this soon: kills that come faster must not stop it moving.
 const CHECKPOINT_FIRST: Duration = Duration::from_millis(200);
-/// A subscription that falls idle stores at once, but not more often than this.
-const CHECKPOINT_IDLE: Duration = Duration::from_millis(500);
+/// A subscription that falls idle stores after this share of the interval: at once after the first events, within a
+/// second later. A trickle of one event a second must not cost a write a second (4 KiB of file each, CONTRACT §9).
+const CHECKPOINT_QUIET: u32 = 5;
 /// Waits after errors of reading; the last repeats.
 const REOPEN_AFTER: [Duration; 5] = [
     Duration::from_millis(100),
@@ -466,12 +467,12 @@ impl Flow {
 
     /// When the next checkpoint is due.
     pub fn next_checkpoint_deadline(&self) -> Option<Instant> {
-        if self.clock.writing || self.mark.is_none() { None } else { self.clock.due }
+        if self.clock.writing || self.mark.is_none() { None } else { self.clock.deadline() }
     }
 
     /// Stored, under this `_rev`.
     pub fn on_checkpoint_stored(&mut self, rev: String, now: Instant) {
-        self.clock.done(rev, now);
+        self.clock.done(rev);
         self.settle(now);
     }
 
@@ -572,8 +573,10 @@ struct CheckpointClock {
     stored: Option<(Seq, u64)>,
     in_progress: Option<(Seq, u64)>,
     writing: bool,
+    /// By the interval.
     due: Option<Instant>,
-    last_write: Option<Instant>,
+    /// Because nothing is unfinished; moves on with every event.
+    quiet_at: Option<Instant>,
 }
 
 impl CheckpointClock {
@@ -586,14 +589,14 @@ impl CheckpointClock {
             in_progress: None,
             writing: false,
             due: None,
-            last_write: None,
+            quiet_at: None,
         }
     }
 
     fn opened(&mut self, rev: Option<String>, through_seq: Option<&Seq>) {
         self.stored = through_seq.map(|through_seq| (through_seq.clone(), 0));
         self.rev = rev;
-        self.due = None;
+        (self.due, self.quiet_at) = (None, None);
         self.interval = CHECKPOINT_FIRST.min(self.interval_max);
     }
 
@@ -603,31 +606,31 @@ impl CheckpointClock {
 
     fn settle(&mut self, moved: bool, idle: bool, now: Instant) {
         if !moved {
-            self.due = None;
+            (self.due, self.quiet_at) = (None, None);
             return;
         }
-        let due = *self.due.get_or_insert(now + self.interval);
-        if idle {
-            let soon = self.last_write.map_or(now, |last| now.max(last + CHECKPOINT_IDLE));
-            self.due = Some(due.min(soon));
-        }
+        self.due.get_or_insert(now + self.interval);
+        self.quiet_at = idle.then_some(now + self.interval / CHECKPOINT_QUIET);
+    }
+
+    fn deadline(&self) -> Option<Instant> {
+        self.due.into_iter().chain(self.quiet_at).min()
     }
 
     fn is_due(&self, now: Instant) -> bool {
-        !self.writing && self.due.is_some_and(|due| due <= now)
+        !self.writing && self.deadline().is_some_and(|due| due <= now)
     }
 
     fn start(&mut self, through_seq: &Seq, beyond: u64) {
         self.writing = true;
-        self.due = None;
+        (self.due, self.quiet_at) = (None, None);
         self.in_progress = Some((through_seq.clone(), beyond));
     }
 
-    fn done(&mut self, rev: String, now: Instant) {
+    fn done(&mut self, rev: String) {
         self.writing = false;
         self.rev = Some(rev);
         self.stored = self.in_progress.take();
-        self.last_write = Some(now);
         self.interval = (self.interval * 2).min(self.interval_max);
     }
 
