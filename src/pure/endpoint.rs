@@ -605,3 +605,6 @@ impl Trial {
         self.looked_up = false;
     }
 }
+
+#[cfg(test)]
+mod tests;
