@@ -347,6 +347,8 @@ impl<'a> Dispatcher<'a> {
             recv(timer) -> _ => {}
             recv(fed) -> input => input.into_iter().for_each(|fed| self.on_fed(fed)),
         }
+        // Under load outcomes are always ready: what stands behind them in the select gets its turn here.
+        orders.try_iter().for_each(|order| self.on_order(order));
         done.try_iter().for_each(|done| self.on_done(done));
         stored.try_iter().for_each(|stored| self.on_stored(stored));
         errants.try_iter().for_each(|errant| self.on_errant(errant));
