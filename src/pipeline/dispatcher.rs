@@ -318,11 +318,43 @@ impl<'a> Dispatcher<'a> {
             if self.is_over(now) {
                 return self.end();
             }
-            self.wait(orders);
+            // To wait costs more than to look: seven channels to sign on to, and a switch of threads.
+            if !self.take_ready(orders) {
+                self.wait(orders);
+                // Where cores are short, workers that are about to finish do so now: one wake-up takes them all.
+                sys::yield_now();
+                self.take_ready(orders);
+            }
         }
     }
 
-    /// Waits for one input, then takes whatever else is there; rows last and one batch at a time.
+    /// Takes what is there, rows last and one batch at a time; whether there was anything.
+    fn take_ready(&mut self, orders: &Receiver<Order>) -> bool {
+        let mut any = false;
+        while let Ok(done) = self.channels.done.1.try_recv() {
+            self.on_done(done);
+            any = true;
+        }
+        while let Ok(stored) = self.channels.stored.1.try_recv() {
+            self.on_stored(stored);
+            any = true;
+        }
+        while let Ok(errant) = self.channels.errants.1.try_recv() {
+            self.on_errant(errant);
+            any = true;
+        }
+        if let Ok(order) = orders.try_recv() {
+            self.on_order(order);
+            any = true;
+        }
+        if let Ok(fed) = self.channels.fed.1.try_recv() {
+            self.on_fed(fed);
+            any = true;
+        }
+        any
+    }
+
+    /// Waits for one input.
     fn wait(&mut self, orders: &Receiver<Order>) {
         let Channels { done, stored, errants, fed, wake } = &self.channels;
         let (done, stored, errants, fed, wake) =
@@ -347,12 +379,6 @@ impl<'a> Dispatcher<'a> {
             recv(timer) -> _ => {}
             recv(fed) -> input => input.into_iter().for_each(|fed| self.on_fed(fed)),
         }
-        // Under load outcomes are always ready: what stands behind them in the select gets its turn here.
-        orders.try_iter().for_each(|order| self.on_order(order));
-        done.try_iter().for_each(|done| self.on_done(done));
-        stored.try_iter().for_each(|stored| self.on_stored(stored));
-        errants.try_iter().for_each(|errant| self.on_errant(errant));
-        fed.try_iter().take(1).for_each(|fed| self.on_fed(fed));
     }
 
     // --- Inputs ------------------------------------------------------------------------------------------

@@ -453,11 +453,11 @@ impl Flow {
 
     /// The checkpoint to store now, if one is due; answered by `on_checkpoint_stored` or `on_checkpoint_failed`.
     pub fn next_checkpoint(&mut self, now: Instant) -> Option<Position> {
-        let mark = self.mark.clone()?;
         // While a feed is being opened the stored one is being read: one of both would be stale.
         if self.reading == Reading::Opening || !self.clock.is_due(now) {
             return None;
         }
+        let mark = self.mark.clone()?;
         let mut delivered: Vec<u64> = self.beyond.shorts().chain(self.restored.iter().copied()).collect();
         delivered.truncate(BEYOND_MAX);
         let through_seq = self.watermark.through_seq().clone();

@@ -3,6 +3,7 @@
 pub mod changes;
 pub mod checkpoint;
 pub mod dispatch;
+pub mod document;
 pub mod endpoint;
 pub mod excerpt;
 pub mod flow;
