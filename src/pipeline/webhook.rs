@@ -9,6 +9,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use http::header::{AUTHORIZATION, CONTENT_TYPE, USER_AGENT};
+use ureq::unversioned::resolver::DefaultResolver;
+use ureq::unversioned::transport::{ConnectionDetails, Connector, DefaultConnector, Transport};
 use ureq::{Agent, Timeout};
 
 use crate::config;
@@ -67,22 +69,8 @@ impl Endpoint {
             Secret::new(format!("Basic {both}"))
         });
         let keys = webhook.secrets.iter().map(|secret| Key::parse(secret.expose())).collect::<Result<_, _>>();
-        let tls = if url.is_https() { Some(tls::settings(webhook.ca_file.as_deref())?) } else { None };
-        let mut agent = Agent::config_builder()
-            .http_status_as_error(false)
-            .max_redirects(0)
-            .max_redirects_will_error(false)
-            .proxy(None)
-            .timeout_global(Some(webhook.timeout))
-            .timeout_connect(Some(webhook.connect_timeout.min(webhook.timeout)))
-            .max_idle_connections(webhook.concurrency)
-            .max_idle_connections_per_host(webhook.concurrency)
-            .max_idle_age(IDLE_MAX);
-        if let Some(tls) = tls {
-            agent = agent.tls_config(tls);
-        }
         Ok(Endpoint {
-            agent: agent.build().new_agent(),
+            agent: agent_config(webhook, &url)?.new_agent(),
             url: Secret::new(url.without_userinfo()),
             authorization,
             keys: keys.map_err(fault).context(|| "secret".to_owned())?,
@@ -153,7 +141,8 @@ impl Endpoint {
         let retry_after =
             text("retry-after").and_then(|after| retry::retry_after(after, text("date"), sys::wall()));
         // A body that is too long, or breaks off, changes nothing about the status.
-        let body = response.body_mut().with_config().limit(ANSWER_BYTES_MAX).read_to_vec().unwrap_or_default();
+        let body =
+            response.body_mut().with_config().limit(ANSWER_BYTES_MAX).read_to_vec().unwrap_or_default();
         Ok((status, retry_after, body))
     }
 
@@ -183,6 +172,64 @@ impl Endpoint {
         }
         text.trim().chars().take(ANSWER_CHARS).collect()
     }
+}
+
+/// Connects to a webhook's endpoint as a delivery would, TLS included, and hangs up before anything is sent.
+///
+/// # Errors
+/// `Config` as [`Endpoint::new`]; `Unreachable` or `Timeout` with what failed: the name, the connection, TLS.
+pub fn reach(webhook: &config::Webhook) -> Result<()> {
+    let url = Url::parse(webhook.endpoint.expose()).map_err(|found| Error::new(Kind::Config, found))?;
+    let connector = DefaultConnector::default().chain(HangUp);
+    let agent = Agent::with_parts(agent_config(webhook, &url)?, connector, DefaultResolver::default());
+    match agent.head(url.origin()).call() {
+        Err(ureq::Error::Other(other)) if other.is::<Reached>() => Ok(()),
+        Err(ureq::Error::Timeout(_)) => Err(Error::new(Kind::Timeout, "no connection in time")),
+        Err(error) => Err(Error::new(Kind::Unreachable, error.to_string())),
+        Ok(_) => Err(Error::new(Kind::Malformed, "an answer to a request that was never sent")),
+    }
+}
+
+/// Last in a chain of connectors: gives up the connection that the others made, so that no request follows. Uses the
+/// part of `ureq`'s interface that may change with a minor version; then this stops to build, no more.
+#[derive(Debug)]
+struct HangUp;
+
+impl<In: Transport> Connector<In> for HangUp {
+    type Out = In;
+
+    fn connect(&self, _: &ConnectionDetails<'_>, made: Option<In>) -> Result<Option<In>, ureq::Error> {
+        Err(made.map_or(ureq::Error::ConnectionFailed, |_| ureq::Error::Other(Box::new(Reached))))
+    }
+}
+
+/// How [`HangUp`] says that there was a connection.
+#[derive(Debug)]
+struct Reached;
+
+impl std::fmt::Display for Reached {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("reached")
+    }
+}
+
+impl std::error::Error for Reached {}
+
+fn agent_config(webhook: &config::Webhook, url: &Url) -> Result<ureq::config::Config> {
+    let agent = Agent::config_builder()
+        .http_status_as_error(false)
+        .max_redirects(0)
+        .max_redirects_will_error(false)
+        .proxy(None)
+        .timeout_global(Some(webhook.timeout))
+        .timeout_connect(Some(webhook.connect_timeout.min(webhook.timeout)))
+        .max_idle_connections(webhook.concurrency)
+        .max_idle_connections_per_host(webhook.concurrency)
+        .max_idle_age(IDLE_MAX);
+    Ok(match url.is_https() {
+        true => agent.tls_config(tls::settings(webhook.ca_file.as_deref())?).build(),
+        false => agent.build(),
+    })
 }
 
 fn is_dead_socket(kind: ErrorKind) -> bool {
