@@ -30,7 +30,7 @@ use crate::error::Result;
 pub(crate) struct Arguments {
     #[command(flatten)]
     source: Source,
-    /// One JSON object a line: {\"level\":…,\"subject\":…,\"message\":…}
+    /// One JSON object a line: {"level":…,"subject":…,"message":…}
     #[arg(long)]
     json: bool,
 }

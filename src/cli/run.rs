@@ -19,9 +19,10 @@ use crate::log::{Sink, install};
 #[command(after_help = "Examples:\n  \
     couch-hookd run --config /etc/couch-hookd/hookd.ini\n  \
     couch-hookd run --config /etc/couch-hookd --set hookd.log_level=debug\n  \
-    COUCHDB_URL=http://couch:5984 COUCHDB_USER=hookd COUCHDB_PASSWORD=… couch-hookd run --from-couchdb\n\n\
-    Any key of [hookd] may come from the environment as COUCH_HOOKD_KEY. Order: --set, environment, files, defaults.\n\
-    SIGHUP reads the files again; SIGTERM ends cleanly.")]
+    COUCHDB_URL=http://couch:5984 couch-hookd run --from-couchdb\n\n\
+    Any key of [hookd] may come from the environment as COUCH_HOOKD_KEY, the login\n\
+    also as COUCHDB_USER and COUCHDB_PASSWORD. Order: --set, environment, files,\n\
+    defaults. SIGHUP reads the files again; SIGTERM ends cleanly.")]
 pub(crate) struct Arguments {
     #[command(flatten)]
     pub(crate) source: Source,

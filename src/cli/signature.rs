@@ -16,6 +16,9 @@ use crate::sys;
 const BODY_BYTES_MAX: u64 = 64 << 20;
 
 #[derive(Debug, Args)]
+#[command(after_help = "Example:\n  \
+    couch-hookd signature verify --secret-file orders.secret -H 'webhook-id: msg_5f0c…' \\\n    \
+    -H 'webhook-timestamp: 1795296401' -H 'webhook-signature: v1,K5oZ…' body.json")]
 pub(crate) struct Arguments {
     #[command(subcommand)]
     command: Command,

@@ -35,10 +35,11 @@ const VARIABLES: [&str; 3] = ["COUCHDB_USER", "COUCHDB_PASSWORD", "CREDENTIALS_D
 #[derive(Debug, Args)]
 #[command(after_help = "Examples:\n  \
     couch-hookd watch http://admin:secret@127.0.0.1:5984/orders\n  \
-    couch-hookd watch http://127.0.0.1:5984/orders --since 0 --selector '{\"type\": \"order\"}'\n  \
-    couch-hookd watch http://127.0.0.1:5984/orders --to http://127.0.0.1:8787/ --secret whsec_…\n\n\
-    The login may also come from COUCHDB_USER and COUCHDB_PASSWORD. Ctrl-C ends it. Nothing is written to CouchDB,\n\
-    and nothing is remembered: the next start begins at --since again.")]
+    couch-hookd watch http://127.0.0.1:5984/orders --since 0 --events document.deleted\n  \
+    couch-hookd watch http://127.0.0.1:5984/orders --to http://127.0.0.1:8787/\n\n\
+    The login may also come from COUCHDB_USER and COUCHDB_PASSWORD. Ctrl-C ends\n\
+    it. Nothing is written to CouchDB and nothing is remembered: the next start\n\
+    begins at --since again.")]
 pub(crate) struct Arguments {
     /// http://HOST:PORT/DATABASE, with or without NAME:PASSWORD@; in the database's name / is %2F
     #[arg(value_name = "DATABASE_URL")]

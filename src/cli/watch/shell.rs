@@ -251,13 +251,16 @@ fn shown(telling: &Telling, event: &Event) -> String {
     format!("{} {}/{} {}", event.event_type(), encoded(&telling.db), event.doc_id, event.rev)
 }
 
+/// A token, and what came of its attempt.
+type Done = (u64, Answer);
+
 /// Threads that deliver, started when they are needed.
 struct Workers {
     endpoint: Arc<Endpoint>,
     telling: Arc<Telling>,
     jobs: Sender<Attempt>,
     taken: Receiver<Attempt>,
-    done: (Sender<(u64, Answer)>, Receiver<(u64, Answer)>),
+    done: (Sender<Done>, Receiver<Done>),
     threads: Vec<Thread>,
 }
 
