@@ -4,6 +4,7 @@
 //! a fault, 2 used wrongly. Each command has a file; only `out` writes to stdout (the daemon's modes never do).
 
 mod check;
+mod demo;
 mod out;
 mod receive;
 mod run;
@@ -43,6 +44,8 @@ enum Command {
     Watch(watch::Arguments),
     /// Find everything that is wrong: configuration, server, rights, endpoints
     Check(check::Arguments),
+    /// Show the whole on a machine with nothing installed, with a kill -9 in the middle
+    Demo(demo::Arguments),
     /// Receive webhooks, verify and print them
     Receive(receive::Arguments),
     /// Sign a payload, or say why a signature does not match
@@ -67,6 +70,7 @@ pub fn main() -> u8 {
         Command::OsDaemon => run::os_daemon(),
         Command::Watch(arguments) => watch::run(arguments, out),
         Command::Check(arguments) => check::run(arguments, out),
+        Command::Demo(arguments) => demo::run(&arguments, out),
         Command::Receive(arguments) => receive::run(arguments, out),
         Command::Signature(arguments) => signature::run(arguments, out),
         Command::Secret => secret::run(out),

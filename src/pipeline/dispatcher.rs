@@ -32,6 +32,8 @@ use crate::sys::{self, Thread};
 const ROWS_MAX: usize = 2;
 /// A worker without work for this long ends.
 const WORKER_IDLE: Duration = Duration::from_secs(60);
+/// An unfiltered open request is read anew after so many of its timeouts: quiet ones end by themselves before.
+const UNFILTERED_ROTATE: u32 = 2;
 /// Between two tries to activate a webhook.
 const ACTIVATE_AGAIN: [Duration; 4] =
     [Duration::from_millis(100), Duration::from_millis(500), Duration::from_secs(2), Duration::from_secs(5)];
@@ -187,6 +189,10 @@ fn say_start(shared: &Shared, webhook: &config::Webhook, active: &Active) -> boo
         };
         log::info!("webhook `{name}` starts for the first time: tells changes of `{databases}` {from}");
     } else {
+        let since = activation::since_text(&webhook.since);
+        if active.record.since.as_deref().is_some_and(|first| first != since) {
+            log::warn!("webhook `{name}`: `since = {since}` has no effect, it has a position already");
+        }
         log::info!("webhook `{name}` goes on with changes of `{databases}`");
     }
     true
@@ -260,7 +266,11 @@ impl<'a> Dispatcher<'a> {
         let flows = (0..n).map(|_| {
             let strict = webhook.concurrency == 1;
             let hookd = &shared.hookd;
-            Flow::new(strict, webhook.filter.is_some(), hookd.feed_rotate, hookd.checkpoint_interval)
+            let rotate = match webhook.filter {
+                Some(_) => hookd.feed_rotate,
+                None => hookd.feed_timeout * UNFILTERED_ROTATE,
+            };
+            Flow::new(strict, rotate, hookd.checkpoint_interval)
         });
         let mut dispatch = Dispatch::new(settings(webhook), flows.collect(), sys::now());
         dispatch.restore_suspects(active.suspects, sys::now());
@@ -513,10 +523,10 @@ impl<'a> Dispatcher<'a> {
     fn deliver(&mut self, attempt: Attempt) {
         self.in_flight.insert(attempt.token, (attempt.event.id, sys::wall()));
         self.workers.retain(|worker| !worker.is_finished());
-        if self.workers.len() < self.in_flight.len() {
-            if let Err(error) = self.add_worker() {
-                log::error!("webhook `{}`: {error}", self.webhook.name);
-            }
+        if self.workers.len() < self.in_flight.len()
+            && let Err(error) = self.add_worker()
+        {
+            log::error!("webhook `{}`: {error}", self.webhook.name);
         }
         self.jobs.try_send(attempt).expect("there is room for every delivery that is allowed");
     }

@@ -8,7 +8,7 @@
 //!
 //! ```text
 //!  Open --ok--> Page --full--> Page ... --not full--> Wait --timeout--> Wait ...
-//!   ^            |                                     |  filtered: after `feed_rotate`, closed, one Page
+//!   ^            |                                     |  after `rotate`: closed, one Page
 //!   |            '---- no room: closed, Page later ----'
 //!   '-- any error, mark changed: wait a little, then Open: read mark, checkpoint, begin behind it
 //! ```
@@ -29,8 +29,9 @@ const TOLD_MAX: usize = 10_000;
 const BEYOND_MAX: usize = 1_000;
 /// The first checkpoint after the first delivery comes this soon: kills that come faster must not stop it moving.
 const CHECKPOINT_FIRST: Duration = Duration::from_millis(200);
-/// A subscription that falls idle stores at once, but not more often than this.
-const CHECKPOINT_IDLE: Duration = Duration::from_millis(500);
+/// A subscription that falls idle stores after this share of the interval: at once after the first events, within a
+/// second later. A trickle of one event a second must not cost a write a second (4 KiB of file each, CONTRACT §9).
+const CHECKPOINT_QUIET: u32 = 5;
 /// Waits after errors of reading; the last repeats.
 const REOPEN_AFTER: [Duration; 5] = [
     Duration::from_millis(100),
@@ -144,8 +145,9 @@ enum Next {
 /// The machine.
 #[derive(Debug)]
 pub struct Flow {
-    /// With a filter on CouchDB's side an open request may never end by itself.
-    rotate: Option<Duration>,
+    /// An open request may never end by itself: a filtered one does not (CONTRACT §6), nor does one on a busy
+    /// database, nor pouchdb-server's on a deleted one.
+    rotate: Duration,
     reading: Reading,
     next: Next,
     first_page: bool,
@@ -164,10 +166,11 @@ pub struct Flow {
 }
 
 impl Flow {
-    /// `filtered`: CouchDB filters this feed; then a request is read anew every `rotate`. `strict`: one lane.
-    pub fn new(strict: bool, filtered: bool, rotate: Duration, checkpoint_interval: Duration) -> Flow {
+    /// `strict`: one lane. An open request is closed after `rotate` and a page read, so that the position moves
+    /// though a filter drops everything, and so that the database is looked at again.
+    pub fn new(strict: bool, rotate: Duration, checkpoint_interval: Duration) -> Flow {
         Flow {
-            rotate: filtered.then_some(rotate),
+            rotate,
             reading: Reading::Idle,
             next: Next::Open,
             first_page: true,
@@ -254,9 +257,7 @@ impl Flow {
     pub fn should_close(&mut self, has_room: bool, now: Instant) -> bool {
         let close = match self.reading {
             Reading::Page { .. } => !has_room,
-            Reading::Waiting { since } => {
-                !has_room || self.rotate.is_some_and(|rotate| now >= since + rotate)
-            }
+            Reading::Waiting { since } => !has_room || now >= since + self.rotate,
             Reading::Idle | Reading::Parked(_) | Reading::Opening | Reading::Closing => false,
         };
         if close {
@@ -275,7 +276,7 @@ impl Flow {
     pub fn next_reading_deadline(&self) -> Option<Instant> {
         match self.reading {
             Reading::Parked(until) => Some(until),
-            Reading::Waiting { since } => self.rotate.map(|rotate| since + rotate),
+            Reading::Waiting { since } => Some(since + self.rotate),
             Reading::Idle | Reading::Opening | Reading::Page { .. } | Reading::Closing => None,
         }
     }
@@ -466,12 +467,12 @@ impl Flow {
 
     /// When the next checkpoint is due.
     pub fn next_checkpoint_deadline(&self) -> Option<Instant> {
-        if self.clock.writing || self.mark.is_none() { None } else { self.clock.due }
+        if self.clock.writing || self.mark.is_none() { None } else { self.clock.deadline() }
     }
 
     /// Stored, under this `_rev`.
     pub fn on_checkpoint_stored(&mut self, rev: String, now: Instant) {
-        self.clock.done(rev, now);
+        self.clock.done(rev);
         self.settle(now);
     }
 
@@ -572,8 +573,10 @@ struct CheckpointClock {
     stored: Option<(Seq, u64)>,
     in_progress: Option<(Seq, u64)>,
     writing: bool,
+    /// By the interval.
     due: Option<Instant>,
-    last_write: Option<Instant>,
+    /// Because nothing is unfinished; moves on with every event.
+    quiet_at: Option<Instant>,
 }
 
 impl CheckpointClock {
@@ -586,14 +589,14 @@ impl CheckpointClock {
             in_progress: None,
             writing: false,
             due: None,
-            last_write: None,
+            quiet_at: None,
         }
     }
 
     fn opened(&mut self, rev: Option<String>, through_seq: Option<&Seq>) {
         self.stored = through_seq.map(|through_seq| (through_seq.clone(), 0));
         self.rev = rev;
-        self.due = None;
+        (self.due, self.quiet_at) = (None, None);
         self.interval = CHECKPOINT_FIRST.min(self.interval_max);
     }
 
@@ -603,31 +606,31 @@ impl CheckpointClock {
 
     fn settle(&mut self, moved: bool, idle: bool, now: Instant) {
         if !moved {
-            self.due = None;
+            (self.due, self.quiet_at) = (None, None);
             return;
         }
-        let due = *self.due.get_or_insert(now + self.interval);
-        if idle {
-            let soon = self.last_write.map_or(now, |last| now.max(last + CHECKPOINT_IDLE));
-            self.due = Some(due.min(soon));
-        }
+        self.due.get_or_insert(now + self.interval);
+        self.quiet_at = idle.then_some(now + self.interval / CHECKPOINT_QUIET);
+    }
+
+    fn deadline(&self) -> Option<Instant> {
+        self.due.into_iter().chain(self.quiet_at).min()
     }
 
     fn is_due(&self, now: Instant) -> bool {
-        !self.writing && self.due.is_some_and(|due| due <= now)
+        !self.writing && self.deadline().is_some_and(|due| due <= now)
     }
 
     fn start(&mut self, through_seq: &Seq, beyond: u64) {
         self.writing = true;
-        self.due = None;
+        (self.due, self.quiet_at) = (None, None);
         self.in_progress = Some((through_seq.clone(), beyond));
     }
 
-    fn done(&mut self, rev: String, now: Instant) {
+    fn done(&mut self, rev: String) {
         self.writing = false;
         self.rev = Some(rev);
         self.stored = self.in_progress.take();
-        self.last_write = Some(now);
         self.interval = (self.interval * 2).min(self.interval_max);
     }
 

@@ -2,10 +2,13 @@
 
 #![allow(clippy::unwrap_used, reason = "all of it is test")]
 
+mod cli;
+mod couch;
 mod host;
 mod http_client;
-mod real_couch;
 mod receiver;
 mod standin;
 mod standin_recorded;
+
+mod outside;
 mod tidy;

@@ -22,6 +22,7 @@ use crate::pure::dispatch::{Action, Attempt, Dispatch, Fetched, Notice};
 use crate::pure::endpoint::{self, Moment, Outcome};
 use crate::pure::flow::{self, Flow, Read};
 use crate::pure::message::{Event, Telling};
+use crate::pure::seq::Seq;
 use crate::sys::{self, Thread};
 
 /// The only subscription.
@@ -37,11 +38,17 @@ const BYTES_MAX: usize = 64 << 20;
 pub(super) fn follow(plan: Plan, out: &mut Out) -> Result<u8> {
     let signals = Signals::catch()?;
     let server = Server::new(&plan.hookd)?;
-    let welcome = server.welcome()?;
+    let welcome = server.welcome().map_err(|error| {
+        Error::new(error.kind(), error.cause()).context(format!("CouchDB at {}", server.base_url()))
+    })?;
     let db = plan.webhook.db.first().ok_or_else(|| Error::new(Kind::Config, "no database"))?.clone();
     let source = public_source(&plan.hookd, server.base_url(), welcome.uuid.as_deref());
     let telling = telling(&source, &plan.webhook, &db);
-    let from = plan.since.as_ref().map_or_else(|| "now on".to_owned(), |since| format!("`{since}` on"));
+    let from = match &plan.since {
+        None => "now on".to_owned(),
+        Some(since) if *since == Seq::zero() => "its beginning".to_owned(),
+        Some(since) => format!("`{since}` on"),
+    };
     log::info!("following `{db}` of CouchDB {} at {} from {from}", welcome.version, server.base_url());
     let reader = Reader::start(&server, &plan.hookd, &plan.webhook, telling.clone(), plan.since.clone())?;
     let mut shell = Shell::new(&plan, telling, reader, out)?;
@@ -85,7 +92,7 @@ impl<'a> Shell<'a> {
         let webhook = &plan.webhook;
         let strict = webhook.concurrency == 1;
         let rotate = plan.hookd.feed_rotate;
-        let flow = Flow::new(strict, webhook.filter.is_some(), rotate, CHECKPOINT_INTERVAL);
+        let flow = Flow::new(strict, rotate, CHECKPOINT_INTERVAL);
         let telling = Arc::new(telling);
         Ok(Shell {
             dispatch: Dispatch::new(settings(webhook), vec![flow], sys::now()),
