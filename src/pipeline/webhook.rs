@@ -185,7 +185,12 @@ pub fn reach(webhook: &config::Webhook) -> Result<()> {
     match agent.head(url.origin()).call() {
         Err(ureq::Error::Other(other)) if other.is::<Reached>() => Ok(()),
         Err(ureq::Error::Timeout(_)) => Err(Error::new(Kind::Timeout, "no connection in time")),
-        Err(error) => Err(Error::new(Kind::Unreachable, error.to_string())),
+        Err(error) => {
+            // "io: Connection refused (os error 111)": the number is noise.
+            let text = error.to_string();
+            let text = text.split(" (os error").next().unwrap_or_default();
+            Err(Error::new(Kind::Unreachable, text.strip_prefix("io: ").unwrap_or(text).to_owned()))
+        }
         Ok(_) => Err(Error::new(Kind::Malformed, "an answer to a request that was never sent")),
     }
 }
