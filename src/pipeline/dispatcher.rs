@@ -253,7 +253,8 @@ struct Channels {
 impl<'a> Dispatcher<'a> {
     fn start(shared: &'a Shared, webhook: &'a config::Webhook, active: Active) -> Result<Dispatcher<'a>> {
         let n = webhook.db.len();
-        let tellings: Vec<Telling> = webhook.db.iter().map(|db| telling(shared, webhook, db)).collect();
+        let tellings: Vec<Telling> =
+            webhook.db.iter().map(|db| telling(&shared.source, webhook, db)).collect();
         let channels = Channels {
             done: bounded(webhook.concurrency),
             stored: bounded(n),
@@ -728,7 +729,8 @@ fn down_text(reason: DownReason) -> &'static str {
     }
 }
 
-fn settings(webhook: &config::Webhook) -> Settings {
+/// What the machine decides by.
+pub(crate) fn settings(webhook: &config::Webhook) -> Settings {
     Settings {
         concurrency: webhook.concurrency,
         retry_schedule: webhook.retry_schedule.clone(),
@@ -739,11 +741,12 @@ fn settings(webhook: &config::Webhook) -> Settings {
     }
 }
 
-fn telling(shared: &Shared, webhook: &config::Webhook, db: &str) -> Telling {
+/// What payloads of one database hold; `source` up to the database's name.
+pub(crate) fn telling(source: &str, webhook: &config::Webhook, db: &str) -> Telling {
     Telling {
         webhook: webhook.name.clone(),
         db: db.to_owned(),
-        source: format!("{}/{}", shared.source, crate::couch::client::encoded(db)),
+        source: format!("{source}/{}", crate::couch::client::encoded(db)),
         events: webhook.events.clone(),
         include_docs: webhook.include_docs,
         conflicts: webhook.conflicts,

@@ -10,6 +10,8 @@ use std::time::Duration;
 
 use http::header::{AUTHORIZATION, CONTENT_TYPE, HeaderMap, HeaderName, HeaderValue, USER_AGENT};
 use http::{Request, Uri};
+use ureq::unversioned::resolver::DefaultResolver;
+use ureq::unversioned::transport::{ConnectionDetails, Connector, DefaultConnector, Transport};
 use ureq::{Agent, Timeout};
 
 use crate::config;
@@ -75,29 +77,13 @@ impl Endpoint {
         let fault = |found: String| Error::new(Kind::Config, found);
         let url = Url::parse(webhook.endpoint.expose()).map_err(fault)?;
         let keys = webhook.secrets.iter().map(|secret| Key::parse(secret.expose())).collect::<Result<_, _>>();
-        let tls = if url.is_https() { Some(tls::settings(webhook.ca_file.as_deref())?) } else { None };
-        let mut agent = Agent::config_builder()
-            .http_status_as_error(false)
-            .max_redirects(0)
-            .max_redirects_will_error(false)
-            .proxy(None)
-            .timeout_global(Some(webhook.timeout))
-            .timeout_connect(Some(webhook.connect_timeout.min(webhook.timeout)))
-            .max_idle_connections(webhook.concurrency)
-            .max_idle_connections_per_host(webhook.concurrency)
-            .max_idle_age(IDLE_MAX)
-            .input_buffer_size(BUFFER_BYTES)
-            .output_buffer_size(BUFFER_BYTES);
-        if let Some(tls) = tls {
-            agent = agent.tls_config(tls);
-        }
         let names = Names::default();
         let address = Secret::new(url.without_userinfo());
         let uri = address.expose().parse().map_err(|error| fault(format!("not a URL: {error}")))?;
         let (headers, mut secrets) = headers(webhook, &url).map_err(fault)?;
         secrets.push(address);
         Ok(Endpoint {
-            agent: names::agent(agent.build(), &names),
+            agent: names::agent(agent_config(webhook, &url)?, &names),
             names,
             uri,
             headers,
@@ -232,6 +218,71 @@ fn headers(webhook: &config::Webhook, url: &Url) -> Result<(HeaderMap, Vec<Secre
         secrets.push(secret.clone());
     }
     Ok((headers, secrets))
+}
+
+/// Connects to a webhook's endpoint as a delivery would, TLS included, and hangs up before anything is sent.
+///
+/// # Errors
+/// `Config` as [`Endpoint::new`]; `Unreachable` or `Timeout` with what failed: the name, the connection, TLS.
+pub fn reach(webhook: &config::Webhook) -> Result<()> {
+    let url = Url::parse(webhook.endpoint.expose()).map_err(|found| Error::new(Kind::Config, found))?;
+    let connector = DefaultConnector::default().chain(HangUp);
+    let agent = Agent::with_parts(agent_config(webhook, &url)?, connector, DefaultResolver::default());
+    match agent.head(url.origin()).call() {
+        Err(ureq::Error::Other(other)) if other.is::<Reached>() => Ok(()),
+        Err(ureq::Error::Timeout(_)) => Err(Error::new(Kind::Timeout, "no connection in time")),
+        Err(error) => {
+            // "io: Connection refused (os error 111)": the number is noise.
+            let text = error.to_string();
+            let text = text.split(" (os error").next().unwrap_or_default();
+            Err(Error::new(Kind::Unreachable, text.strip_prefix("io: ").unwrap_or(text).to_owned()))
+        }
+        Ok(_) => Err(Error::new(Kind::Malformed, "an answer to a request that was never sent")),
+    }
+}
+
+/// Last in a chain of connectors: gives up the connection that the others made, so that no request follows. Uses the
+/// part of `ureq`'s interface that may change with a minor version; then this stops to build, no more.
+#[derive(Debug)]
+struct HangUp;
+
+impl<In: Transport> Connector<In> for HangUp {
+    type Out = In;
+
+    fn connect(&self, _: &ConnectionDetails<'_>, made: Option<In>) -> Result<Option<In>, ureq::Error> {
+        Err(made.map_or(ureq::Error::ConnectionFailed, |_| ureq::Error::Other(Box::new(Reached))))
+    }
+}
+
+/// How [`HangUp`] says that there was a connection.
+#[derive(Debug)]
+struct Reached;
+
+impl std::fmt::Display for Reached {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("reached")
+    }
+}
+
+impl std::error::Error for Reached {}
+
+fn agent_config(webhook: &config::Webhook, url: &Url) -> Result<ureq::config::Config> {
+    let agent = Agent::config_builder()
+        .http_status_as_error(false)
+        .max_redirects(0)
+        .max_redirects_will_error(false)
+        .proxy(None)
+        .timeout_global(Some(webhook.timeout))
+        .timeout_connect(Some(webhook.connect_timeout.min(webhook.timeout)))
+        .max_idle_connections(webhook.concurrency)
+        .max_idle_connections_per_host(webhook.concurrency)
+        .max_idle_age(IDLE_MAX)
+        .input_buffer_size(BUFFER_BYTES)
+        .output_buffer_size(BUFFER_BYTES);
+    Ok(match url.is_https() {
+        true => agent.tls_config(tls::settings(webhook.ca_file.as_deref())?).build(),
+        false => agent.build(),
+    })
 }
 
 fn is_dead_socket(kind: ErrorKind) -> bool {

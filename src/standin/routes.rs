@@ -203,6 +203,10 @@ fn route(state: &mut State, request: &Request) -> Outcome {
         }
         ("POST", ["_dbs_info"]) if !old => dbs_info(state, request),
         (_, ["_config", rest @ ..]) if old => config(state, &who, method, rest, &request.body),
+        ("GET", ["_node", "_local"]) if current => Ok(Reply::ok(format!(r#"{{"name":"{NODE}"}}"#))),
+        ("GET", ["_node", _]) if !old => {
+            Err(Refusal::new(400, "bad_request", "Incomplete path to _node request"))
+        }
         (_, ["_node", "_local" | NODE, "_config", rest @ ..]) if !old => {
             config(state, &who, method, rest, &request.body)
         }

@@ -2,6 +2,7 @@
 
 #![allow(clippy::unwrap_used, reason = "all of it is test")]
 
+mod cli;
 mod couch;
 mod host;
 mod http_client;
