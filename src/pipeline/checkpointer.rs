@@ -92,7 +92,10 @@ fn pace(due: Instant, now: Instant) -> Instant {
 fn store(job: &Job) -> Result<String> {
     let mark = Mark::parse(&job.position.mark).expect("marks in flows come from databases");
     if job.life.is_some() && !local_docs::is_same(&job.server, &job.db, &mark, job.life.as_deref())? {
-        return Err(Error::new(Kind::Conflict, "the server was started again, or the database is another one"));
+        return Err(Error::new(
+            Kind::Conflict,
+            "the server was started again, or the database is another one",
+        ));
     }
     let checkpoint = Checkpoint {
         through_seq: job.position.through_seq.clone(),

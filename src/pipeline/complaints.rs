@@ -51,7 +51,8 @@ impl Outage {
 
     /// Says that the server does not answer, or does not let us in, unless that was said.
     pub fn say(&self, error: &Error) {
-        if !self.complaint.lock().expect("no thread panics with this lock").is_news(error.kind(), sys::now()) {
+        if !self.complaint.lock().expect("no thread panics with this lock").is_news(error.kind(), sys::now())
+        {
             return;
         }
         match error.kind() {

@@ -14,13 +14,13 @@ use crossbeam_channel::{Receiver, Sender, bounded, never, select_biased};
 use crate::config;
 use crate::couch::state_db::{DeadLetter, DeadLetterClass};
 use crate::error::{Kind, Result};
+use crate::pipeline::Shared;
 use crate::pipeline::activation::{self, Active};
 use crate::pipeline::checkpointer::{self, Stored};
 use crate::pipeline::complaints::{Complaint, Outage};
 use crate::pipeline::feed_reader::{Fed, Reader};
 use crate::pipeline::store::{Change, Errand, Errant, Store};
 use crate::pipeline::webhook::{Answer, Endpoint};
-use crate::pipeline::Shared;
 use crate::pure::checkpoint::Mark;
 use crate::pure::dispatch::{Action, Attempt, Dispatch, FlowIndex, Notice};
 use crate::pure::endpoint::{self, DownReason, LetterClass, Moment, Outcome, Settings};
@@ -556,9 +556,10 @@ impl<'a> Dispatcher<'a> {
             doc_id: event.doc_id.clone(),
             rev: event.rev.clone(),
             revs: std::iter::once(&event.rev).chain(&event.conflicts).cloned().collect(),
-            seq: event.seq.as_ref().and_then(|seq| {
-                serde_json::value::RawValue::from_string(seq.as_json().to_owned()).ok()
-            }),
+            seq: event
+                .seq
+                .as_ref()
+                .and_then(|seq| serde_json::value::RawValue::from_string(seq.as_json().to_owned()).ok()),
             event_type: event.event_type().to_owned(),
             class: match class {
                 LetterClass::Refused => DeadLetterClass::Refused,
@@ -580,7 +581,9 @@ impl<'a> Dispatcher<'a> {
             Notice::Endpoint(endpoint::Notice::Down(reason)) => {
                 log::warn!("webhook `{name}`: its endpoint {}; the checkpoint is held", down_text(reason));
             }
-            Notice::Endpoint(endpoint::Notice::Up) => log::info!("webhook `{name}`: its endpoint takes events"),
+            Notice::Endpoint(endpoint::Notice::Up) => {
+                log::info!("webhook `{name}`: its endpoint takes events")
+            }
             Notice::Endpoint(endpoint::Notice::Gone) => {
                 log::error!(
                     "webhook `{name}`: its endpoint said 410 twice and is gone; paused for good, the checkpoint is \
@@ -679,7 +682,9 @@ fn down_text(reason: DownReason) -> &'static str {
         DownReason::Unreachable => "cannot be reached",
         DownReason::RetryAfter => "asks to be left alone (`Retry-After`)",
         DownReason::Failing => "fails",
-        DownReason::RefusesEverything => "refuses one event after the other (nothing more becomes a dead letter)",
+        DownReason::RefusesEverything => {
+            "refuses one event after the other (nothing more becomes a dead letter)"
+        }
         DownReason::TooManySuspects => "fails at too many different events",
         DownReason::MaybeGone => "answered 410 once",
     }

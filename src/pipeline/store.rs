@@ -124,7 +124,8 @@ impl State {
                     Some(Errant::Fetched(letter, Box::new(fetched)))
                 }
                 Errand::Record(change) => {
-                    let made = change_record(&self.shared, &self.webhook.name, |record| apply(record, &change));
+                    let made =
+                        change_record(&self.shared, &self.webhook.name, |record| apply(record, &change));
                     if let Err(error) = made {
                         log::error!("{place}: {change:?} could not be kept in `{state_db}`: {error}");
                     }
@@ -149,7 +150,8 @@ impl State {
             Err(error) => return Err(error),
         };
         let found = |_| Error::new(Kind::Malformed, "expected a document");
-        let text = String::from_utf8(reply.body).map_err(|_| Error::new(Kind::Malformed, "expected UTF-8"))?;
+        let text =
+            String::from_utf8(reply.body).map_err(|_| Error::new(Kind::Malformed, "expected UTF-8"))?;
         // Without the line break behind it: a document is passed as the feed passes it.
         let doc = serde_json::value::RawValue::from_string(text.trim_end().to_owned()).map_err(found)?;
         let row = Row {
@@ -159,10 +161,7 @@ impl State {
             deleted: false,
             doc: RowDoc::Json(doc),
         };
-        Ok(telling
-            .arrived(row, &mark.to_string(), sys::wall())
-            .event
-            .map_or(Fetched::Gone, Fetched::Event))
+        Ok(telling.arrived(row, &mark.to_string(), sys::wall()).event.map_or(Fetched::Gone, Fetched::Event))
     }
 }
 

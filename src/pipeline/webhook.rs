@@ -153,7 +153,8 @@ impl Endpoint {
         let retry_after =
             text("retry-after").and_then(|after| retry::retry_after(after, text("date"), sys::wall()));
         // A body that is too long, or breaks off, changes nothing about the status.
-        let body = response.body_mut().with_config().limit(ANSWER_BYTES_MAX).read_to_vec().unwrap_or_default();
+        let body =
+            response.body_mut().with_config().limit(ANSWER_BYTES_MAX).read_to_vec().unwrap_or_default();
         Ok((status, retry_after, body))
     }
 

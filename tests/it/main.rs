@@ -2,10 +2,12 @@
 
 #![allow(clippy::unwrap_used, reason = "all of it is test")]
 
+mod endpoints;
 mod host;
-mod real_couch;
-mod tidy;
 mod http_client;
+mod real_couch;
 mod receiver;
 mod standin;
 mod standin_recorded;
+mod tidy;
+mod world;
