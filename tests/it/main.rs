@@ -2,9 +2,11 @@
 
 #![allow(clippy::unwrap_used, reason = "all of it is test")]
 
+mod beam;
 mod endpoints;
 mod host;
 mod http_client;
+mod kills;
 mod real_couch;
 mod receiver;
 mod standin;
