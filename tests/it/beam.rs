@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use couch_hookd::sys;
 
 use crate::host::WAIT_MAX;
-use crate::world::{Dir, Ini};
+use crate::world::{Dir, Ini, assert_no_secret};
 
 /// A running host with a daemon under it. Dropped, it stops the daemon as CouchDB does.
 pub(crate) struct Beam {
@@ -95,6 +95,7 @@ impl Beam {
     /// Stops the daemon and the host; what CouchDB would have logged.
     pub(crate) fn stop(mut self) -> String {
         self.end();
+        assert_no_secret("what CouchDB would have logged", &self.transcript());
         self.transcript()
     }
 

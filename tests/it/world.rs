@@ -35,6 +35,25 @@ pub(crate) fn long() -> bool {
     std::env::var_os("HOOKD_LONG").is_some_and(|value| value != "0")
 }
 
+/// A part of every password, token and header value that [`Ini`] writes: nobody may ever see it but those whom it
+/// is for. Looked for in whatever a [`Daemon`] logs and a [`World`]'s CouchDB holds, whatever is tested.
+pub(crate) const CANARY: &str = "c4n4ry";
+
+/// Fails when `text` holds a password, a token, a header value or a signing secret of [`Ini`].
+pub(crate) fn assert_no_secret(what: &str, text: &str) {
+    use base64::Engine;
+    let base64 = |login: &str| base64::engine::general_purpose::STANDARD.encode(login);
+    let needles = [
+        CANARY.to_owned(),
+        base64(&format!("hook:{CANARY}-endpoint")),
+        base64(&format!("hookd:{CANARY}-couchdb")),
+        secret().trim_start_matches("whsec_").to_owned(),
+    ];
+    for needle in needles {
+        assert!(!text.contains(&needle), "{what} holds the secret `{needle}`:\n{text}");
+    }
+}
+
 /// The secret that [`Ini`] signs with and [`receiver`] verifies.
 pub(crate) fn secret() -> String {
     new_secret([7; 32])
@@ -76,9 +95,11 @@ pub(crate) struct Ini {
 
 #[allow(dead_code, reason = "a driver offers more than the tests of one day use")]
 impl Ini {
-    /// `[hookd]` with this server.
+    /// `[hookd]` with this server, and a login where the URL has none (a stand-in without an admin takes any).
     pub(crate) fn new(couchdb_url: &str) -> Ini {
-        let hookd = format!("couchdb_url = {couchdb_url}\n");
+        let with_login = couchdb_url.replacen("://", &format!("://hookd:{CANARY}-couchdb@"), 1);
+        let url = if couchdb_url.contains('@') { couchdb_url } else { &with_login };
+        let hookd = format!("couchdb_url = {url}\n");
         Ini { hookd, webhooks: String::new(), sections: String::new() }
     }
 
@@ -89,10 +110,12 @@ impl Ini {
         self
     }
 
-    /// A webhook signed with [`secret`], and the lines of its section; `since = 0` unless they say otherwise.
+    /// A webhook signed with [`secret`], and the lines of its section; `since = 0` unless they say otherwise. Its
+    /// URL gets a login and a token, its requests a header that nobody else may see.
     pub(crate) fn webhook(mut self, name: &str, endpoint: &str, lines: &str) -> Ini {
-        writeln!(self.webhooks, "{name} = {endpoint}").unwrap();
-        writeln!(self.sections, "[hookd.webhook.{name}]").unwrap();
+        let url = endpoint.replacen("://", &format!("://hook:{CANARY}-endpoint@"), 1);
+        writeln!(self.webhooks, "{name} = {url}?token={CANARY}-token").unwrap();
+        writeln!(self.sections, "[hookd.webhook.{name}]\nheader.x-canary = {CANARY}-header").unwrap();
         if !lines.lines().any(|line| line.trim_start().starts_with("secret")) {
             writeln!(self.sections, "secret = {}", secret()).unwrap();
         }
@@ -316,6 +339,9 @@ impl Drop for Daemon {
             let _ = child.kill();
             let _ = child.wait();
         }
+        if !std::thread::panicking() {
+            assert_no_secret("the log", &self.transcript());
+        }
     }
 }
 
@@ -422,6 +448,22 @@ impl World {
             "{}\n--- receiver (its end) ---\n{received}\n--- CouchDB (the last requests) ---\n{requests}",
             self.daemon.transcript()
         )
+    }
+}
+
+impl Drop for World {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            return;
+        }
+        for (id, winner) in self.couch.winners(STATE_DB) {
+            assert_no_secret(&id, &winner.json);
+        }
+        for db in self.couch.look(|seen| seen.databases()) {
+            let checkpoint =
+                self.couch.look(|seen| seen.local(&db, "couch-hookd.orders")).unwrap_or_default();
+            assert_no_secret(&db, &checkpoint);
+        }
     }
 }
 
