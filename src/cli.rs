@@ -1,15 +1,20 @@
 //! The commands: what each takes, and the few calls that it is made of.
 
 use std::path::PathBuf;
+use std::time::Duration;
 
 use clap::{Parser, Subcommand};
 use log::LevelFilter;
 
 use crate::config::source::{Overrides, Sources};
 use crate::daemon::{self, Start};
-use crate::error::Result;
+use crate::demo;
+use crate::error::{Error, Kind, Result};
 use crate::host::{Mode, stdio};
 use crate::log::{Sink, install};
+
+/// How short and how long a demo may be.
+const DEMO_LASTS: (Duration, Duration) = (Duration::from_secs(2), Duration::from_secs(3600));
 
 /// Turns what happens inside CouchDB into signed webhooks, losing nothing.
 #[derive(Debug, Parser)]
@@ -32,6 +37,15 @@ enum Command {
         #[arg(long, value_name = "SECTION.KEY=VALUE")]
         set: Vec<String>,
     },
+    /// Shows the whole on a machine with nothing installed, with a kill -9 in the middle
+    Demo {
+        /// How long documents are written; a number of seconds with `s`, of minutes with `m`
+        #[arg(long = "for", value_name = "DURATION", default_value = "15s")]
+        lasts: String,
+        /// One JSON line per request received
+        #[arg(long)]
+        json: bool,
+    },
 }
 
 /// Runs the program; gives the exit status: 0 fine, 1 found a fault, 2 used wrongly.
@@ -40,6 +54,7 @@ pub fn main() -> u8 {
         Some(_) if std::env::args_os().len() == 1 => os_daemon(),
         _ => match Arguments::parse().command {
             Command::OsDaemon => os_daemon(),
+            Command::Demo { lasts, json } => demo(&lasts, json),
             Command::Run { config, set } => run(Sources { config, overrides: Overrides::of_process(set) }),
         },
     };
@@ -58,4 +73,13 @@ fn os_daemon() -> Result<u8> {
 fn run(sources: Sources) -> Result<u8> {
     install(Sink::Stderr, LevelFilter::Info)?;
     daemon::run(Start::Files(sources))
+}
+
+fn demo(lasts: &str, json: bool) -> Result<u8> {
+    let usage = |found: String| Error::new(Kind::Config, found).context("--for");
+    let lasts = crate::config::values::duration(lasts, DEMO_LASTS.0, DEMO_LASTS.1).map_err(usage)?;
+    let failed = |error| Error::new(Kind::Io, format!("our own binary cannot be found: {error}"));
+    let options = demo::Options { lasts, json, program: std::env::current_exe().map_err(failed)? };
+    let (_go_on, stop) = crossbeam_channel::bounded(1);
+    demo::run(&options, &mut std::io::stdout().lock(), &stop)
 }

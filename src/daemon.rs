@@ -36,6 +36,8 @@ const HOSTED_END: (Duration, Duration) = (Duration::from_millis(500), Duration::
 const OWN_END: (Duration, Duration) = (Duration::from_millis(3_500), Duration::from_millis(1_000));
 /// How often ended webhooks are looked for, and their successors started.
 const TICK: Duration = Duration::from_millis(50);
+/// A webhook whose thread panicked starts again after this.
+const RESTART_AFTER: Duration = Duration::from_secs(5);
 /// Between two tries to reach CouchDB.
 const CONNECT_AGAIN: [Duration; 5] = [
     Duration::from_millis(50),
@@ -159,6 +161,8 @@ struct Facts {
     uuid: Option<String>,
     n_nodes: usize,
     version: String,
+    /// Names of webhooks that have a record.
+    recorded: Vec<String>,
 }
 
 /// A webhook of the current configuration, or of the one before.
@@ -169,6 +173,8 @@ struct Slot {
     /// Told to stop; starts again as this when it has ended.
     stopping: bool,
     next: Option<config::Webhook>,
+    /// After a panic: starts again then.
+    not_before: Option<Instant>,
 }
 
 /// The connection that all webhooks of a configuration share.
@@ -277,7 +283,7 @@ impl Daemon {
             }
         }
         for (name, webhook) in wanted {
-            self.slots.insert(name, Slot { running: None, webhook, stopping: false, next: None });
+            self.slots.insert(name, Slot::new(webhook));
         }
         let hookd = config.hookd.clone();
         let needed = !config.webhooks.is_empty();
@@ -312,6 +318,13 @@ impl Daemon {
             log::warn!(
                 "this CouchDB has {} nodes: if a daemon runs on each of them, each tells every change",
                 facts.n_nodes
+            );
+        }
+        for name in facts.recorded.iter().filter(|name| !self.slots.contains_key(*name)) {
+            log::info!(
+                "`{}` knows a webhook `{name}` that is not configured, or held back; it goes on where it stopped when it \
+                 comes back (a renamed webhook is a new one)",
+                hookd.state_db
             );
         }
         connection.shared = Some(Shared {
@@ -355,6 +368,15 @@ impl Daemon {
                     None => return false,
                 }
             }
+            if !slot.stopping && slot.running.as_ref().is_some_and(Running::is_ended) {
+                // It panicked, which was logged. Starting is recovering; not at once, or it might never do else.
+                left.extend(slot.running.take().into_iter().flat_map(|running| running.join(sys::now())));
+                slot.not_before = Some(sys::now() + RESTART_AFTER);
+                log::error!("webhook `{name}` broke down; it starts again in {} s", RESTART_AFTER.as_secs());
+            }
+            if slot.not_before.is_some_and(|not_before| sys::now() < not_before) {
+                return true;
+            }
             if let (None, false, Some(shared)) = (&slot.running, slot.stopping, shared) {
                 match Running::start(shared, slot.webhook.clone(), settled) {
                     Ok(running) => slot.running = Some(running),
@@ -390,6 +412,10 @@ impl Daemon {
 }
 
 impl Slot {
+    fn new(webhook: config::Webhook) -> Slot {
+        Slot { running: None, webhook, stopping: false, next: None, not_before: None }
+    }
+
     /// Tells what runs to stop, to be followed by `next`.
     fn stop(&mut self, next: Option<config::Webhook>) {
         if let Some(running) = &self.running {
@@ -416,7 +442,9 @@ fn connect(server: &Server, state_db: &str, outage: &Outage, to: &Sender<Facts>)
         let facts = server.welcome().and_then(|welcome| {
             let key = state_db::ensure(server, state_db, server.username())?;
             let n_nodes = server.nodes().unwrap_or(1);
-            Ok(Facts { key, uuid: welcome.uuid, n_nodes, version: welcome.version })
+            // Only to be said; what fails here fails where it matters, too.
+            let recorded = state_db::list_records(server, state_db).unwrap_or_default();
+            Ok(Facts { key, uuid: welcome.uuid, n_nodes, version: welcome.version, recorded })
         });
         match facts {
             Ok(facts) => {

@@ -4,6 +4,7 @@ pub mod cli;
 pub mod config;
 pub mod couch;
 pub mod daemon;
+pub mod demo;
 pub mod error;
 pub mod host;
 pub mod log;

@@ -1,8 +1,8 @@
 //! Where log lines go and how they look: CouchDB's log through the host, stderr, a file.
 //!
 //! Guarantees that one record is one line whatever its text holds, that nothing is ever written to stdout from
-//! here, that a panic anywhere is logged as an error, and that other crates are heard below warning only at level
-//! debug (never at trace, where `ureq` would print endpoint paths). The limits of hosted logging are `host::stdio`'s.
+//! here, that a panic anywhere is logged as an error, and that other crates are heard from warning up only
+//! (`ureq` tells each step of each request at debug, and endpoint paths at trace). The limits of hosted logging are `host::stdio`'s.
 //! Text lines are `simplelog`'s; JSON lines and the journal's priorities, which it does not know, are ours.
 
 use std::io::{LineWriter, Write};
@@ -109,7 +109,7 @@ impl Log for Logger {
     fn enabled(&self, metadata: &Metadata<'_>) -> bool {
         let max = log::max_level();
         let ours = metadata.target().starts_with("couch_hookd");
-        metadata.level() <= max && (ours || metadata.level() <= Level::Warn || max >= LevelFilter::Debug)
+        metadata.level() <= max && (ours || metadata.level() <= Level::Warn)
     }
 
     fn log(&self, record: &Record<'_>) {
@@ -295,7 +295,8 @@ mod tests {
         assert_eq!(written.take().len(), 1);
         set_level(LevelFilter::Trace);
         assert_eq!(log::max_level(), LevelFilter::Debug, "at trace ureq prints endpoint paths");
-        say(&logger, Level::Debug, "ureq::run", "yes");
+        say(&logger, Level::Info, "ureq::run", "no");
+        say(&logger, Level::Debug, "couch_hookd::x", "yes");
         assert_eq!(written.take().len(), 1);
 
         let journal = Logger::lines(written.clone(), written.clone(), true);

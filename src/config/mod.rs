@@ -8,7 +8,7 @@ mod hookd;
 pub mod keys;
 mod reader;
 pub mod source;
-mod values;
+pub(crate) mod values;
 mod webhook;
 
 #[cfg(test)]

@@ -49,6 +49,9 @@ pub struct WebhookRecord {
     /// Of the configuration that was last seen.
     #[serde(default)]
     pub fingerprint: String,
+    /// `since` of the configuration at the first start; a later one has no effect.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub since: Option<String>,
     /// Since when the endpoint has said 410.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub gone_since: Option<jiff::Timestamp>,
@@ -296,6 +299,24 @@ pub fn read_record(server: &Server, state_db: &str, webhook: &str) -> Result<Opt
     let mut record: WebhookRecord = from_json(&body).context(|| format!("GET {path}"))?;
     record.other.remove("_id");
     Ok(Some(record))
+}
+
+/// Names of all webhooks that have a record.
+///
+/// # Errors
+/// As [`Server::get_json`].
+pub fn list_records(server: &Server, state_db: &str) -> Result<Vec<String>> {
+    #[derive(Deserialize)]
+    struct Ids {
+        rows: Vec<Id>,
+    }
+    #[derive(Deserialize)]
+    struct Id {
+        id: String,
+    }
+    let query = format!("?startkey={}&endkey={}", encoded("\"webhook:\""), encoded("\"webhook:~\""));
+    let ids: Ids = server.get_json(&(db_path(state_db, &["_all_docs"]) + &query))?;
+    Ok(ids.rows.iter().filter_map(|row| row.id.strip_prefix("webhook:")).map(str::to_owned).collect())
 }
 
 /// Stores a record over the revision it was read at and gives the new one.

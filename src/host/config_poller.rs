@@ -84,3 +84,57 @@ fn poll(client: &HostClient, to: &Sender<Verdict<Sections>>, stopped: &Receiver<
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::io::{BufRead, BufReader, Write};
+    use std::time::Duration;
+
+    use super::*;
+    use crate::host::stdio;
+
+    const LONG: Duration = Duration::from_secs(10);
+
+    /// Answers every `get` of a round from `{section: answer}`; gives what was asked for.
+    fn answer_round(lines: &mut impl BufRead, to: &mut impl Write, answers: &[(&str, &str)]) -> Vec<String> {
+        let mut asked = Vec::new();
+        for _ in 0..answers.len() {
+            let mut line = String::new();
+            lines.read_line(&mut line).unwrap();
+            let [_, section] = serde_json::from_str::<[String; 2]>(&line).unwrap();
+            let (_, answer) = answers.iter().find(|(name, _)| *name == section).unwrap();
+            to.write_all(format!("{answer}\n").as_bytes()).unwrap();
+            asked.push(section);
+        }
+        asked
+    }
+
+    #[test]
+    fn every_section_that_concerns_us_is_asked_for_and_handed_on_whole() {
+        let (input, mut answers) = std::io::pipe().unwrap();
+        let (lines, output) = std::io::pipe().unwrap();
+        let stdio = stdio::start_on(input, output, || 7, || ()).unwrap();
+        let poller = ConfigPoller::start(stdio.client()).unwrap();
+        let mut lines = BufReader::new(lines);
+        let sections = [
+            ("hookd", r#"{"username":"u"}"#),
+            ("hookd.webhooks", r#"{"a":"http://x/","b":"http://y/"}"#),
+            ("chttpd", "{}"),
+            ("httpd", r#"{"port":"5984"}"#),
+            ("hookd.webhook.a", r#"{"since":"0"}"#),
+            ("hookd.webhook.b", "{}"),
+        ];
+        let asked = answer_round(&mut lines, &mut answers, &sections);
+        assert_eq!(asked, sections.map(|(name, _)| name));
+        let Verdict::Provisional(first) = poller.answers().recv_timeout(LONG).unwrap() else {
+            panic!("one answer settles nothing");
+        };
+        let names: Vec<&str> = first.keys().map(String::as_str).collect();
+        assert_eq!(names, ["hookd", "hookd.webhook.a", "hookd.webhooks", "httpd"]);
+        answer_round(&mut lines, &mut answers, &sections);
+        assert_eq!(poller.answers().recv_timeout(LONG), Ok(Verdict::Settled(first)));
+        drop(answers);
+        assert!(stdio.closed().recv_timeout(LONG).is_ok());
+        poller.stop().unwrap();
+    }
+}

@@ -54,6 +54,7 @@ pub fn activate(shared: &Shared, webhook: &config::Webhook) -> Result<Active> {
         if record.activated_at.is_none() {
             record.activated_at = Some(sys::wall());
             record.databases = databases.clone();
+            record.since = Some(since_text(&webhook.since).to_owned());
         }
         if record.fingerprint != webhook.fingerprint {
             // A changed section is how an operator says that the endpoint is another one now.
@@ -107,4 +108,12 @@ fn first_start(shared: &Shared, webhook: &config::Webhook) -> Result<BTreeMap<St
         }
     }
     Ok(databases)
+}
+
+/// `since` as it is written in a configuration.
+pub fn since_text(since: &Since) -> &'static str {
+    match since {
+        Since::Now => "now",
+        Since::Beginning => "0",
+    }
 }

@@ -4,6 +4,7 @@
 //! `_rev` of the last read or write; on 1.x never after the server was started again since the position was read
 //! (its numbers may have been used twice). 2.x and 3.x check no `_rev` (CONTRACT §6), so this is no lock.
 
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, Sender, bounded};
@@ -73,7 +74,9 @@ fn run(jobs: &Receiver<Job>) {
             due = pace(due, sys::now());
         }
         let flow = job.flow;
-        let result = store(&job);
+        // One database's trouble must not end the checkpoints of all others; the hook has logged the panic.
+        let result = catch_unwind(AssertUnwindSafe(|| store(&job)))
+            .unwrap_or_else(|_| Err(Error::new(Kind::Io, "we panicked")));
         // Nobody listens any more when the webhook was stopped meanwhile.
         let _ = job.to.send(Stored { flow, result });
     }

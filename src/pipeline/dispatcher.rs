@@ -187,6 +187,10 @@ fn say_start(shared: &Shared, webhook: &config::Webhook, active: &Active) -> boo
         };
         log::info!("webhook `{name}` starts for the first time: tells changes of `{databases}` {from}");
     } else {
+        let since = activation::since_text(&webhook.since);
+        if active.record.since.as_deref().is_some_and(|first| first != since) {
+            log::warn!("webhook `{name}`: `since = {since}` has no effect, it has a position already");
+        }
         log::info!("webhook `{name}` goes on with changes of `{databases}`");
     }
     true
@@ -512,10 +516,10 @@ impl<'a> Dispatcher<'a> {
     fn deliver(&mut self, attempt: Attempt) {
         self.in_flight.insert(attempt.token, (attempt.event.id, sys::wall()));
         self.workers.retain(|worker| !worker.is_finished());
-        if self.workers.len() < self.in_flight.len() {
-            if let Err(error) = self.add_worker() {
-                log::error!("webhook `{}`: {error}", self.webhook.name);
-            }
+        if self.workers.len() < self.in_flight.len()
+            && let Err(error) = self.add_worker()
+        {
+            log::error!("webhook `{}`: {error}", self.webhook.name);
         }
         self.jobs.try_send(attempt).expect("there is room for every delivery that is allowed");
     }

@@ -72,7 +72,7 @@ pub struct Reader {
     commands: Sender<(Read, Option<Mark>)>,
     closer: FeedCloser,
     stopping: Arc<AtomicBool>,
-    thread: Thread,
+    thread: Option<Thread>,
 }
 
 impl Reader {
@@ -105,7 +105,7 @@ impl Reader {
             stopping: Arc::clone(&stopping),
         };
         let thread = sys::spawn(&name, move || state.run(&orders))?;
-        Ok(Reader { commands, closer, stopping, thread })
+        Ok(Reader { commands, closer, stopping, thread: Some(thread) })
     }
 
     /// Orders one reading; never waits. `known_mark` is what the webhook's record says of the database.
@@ -119,10 +119,16 @@ impl Reader {
     }
 
     /// Ends the thread as soon as it can be woken; it is joined with the value given.
-    pub fn stop(self) -> Thread {
+    pub fn stop(mut self) -> Thread {
+        self.thread.take().expect("it is taken only here")
+    }
+}
+
+impl Drop for Reader {
+    /// Also when the webhook's thread panics: a feed that nobody listens to must not stay open.
+    fn drop(&mut self) {
         self.stopping.store(true, Ordering::SeqCst);
         self.closer.close();
-        self.thread
     }
 }
 

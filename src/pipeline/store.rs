@@ -82,8 +82,7 @@ impl Store {
 
     /// Orders an errand.
     pub fn order(&self, errand: Errand) {
-        // The thread lives as long as this; a full queue would mean more errands than events.
-        let _ = self.errands.try_send(errand);
+        self.errands.try_send(errand).expect("the store lives, and has room for an errand of every event");
     }
 
     /// Ends the thread after what it has to do; joined with the value given.

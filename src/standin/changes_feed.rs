@@ -232,7 +232,8 @@ impl Feed {
         if !clock.waiting {
             clock.waiting = true;
             clock.quiet_since = now;
-            if self.kind == FeedKind::LongPoll && self.flavour == Flavour::V3 {
+            // 3.x sends an empty line when it begins to wait without having given a row (seen on 3.5.0).
+            if self.n_rows == 0 && self.flavour == Flavour::V3 {
                 drop(state);
                 return out.write("\n").map(|()| false);
             }
@@ -348,7 +349,9 @@ impl Feed {
                 _ => {}
             }
             n_left = match self.filter {
-                Filter::DocIds(_) if self.flavour == Flavour::V3 => self.n_ahead.saturating_sub(self.n_rows),
+                Filter::DocIds(_) | Filter::Design if self.flavour == Flavour::V3 => {
+                    self.n_ahead.saturating_sub(self.n_rows)
+                }
                 _ => db.n_after(&at),
             };
         }
@@ -384,36 +387,48 @@ fn open_filter(state: &State, db: &str, request: &Request) -> Result<Filter, Ref
                 None => body()?.get("doc_ids").cloned().unwrap_or_default(),
             };
             let ids = serde_json::from_value(given);
-            ids.map(Filter::DocIds).map_err(|_| bad("`doc_ids` filter parameter is not a list of doc ids."))
+            let reason = match state.flavour {
+                Flavour::V1 => "`doc_ids` filter parameter is not a list.",
+                _ => "`doc_ids` filter parameter is not a list of doc ids.",
+            };
+            ids.map(Filter::DocIds).map_err(|_| bad(reason))
         }
         "_selector" if state.flavour != Flavour::V1 => {
-            let wanted = body().ok().and_then(|body| body.get("selector").cloned());
-            let wanted = wanted.ok_or_else(|| bad("Selector must be specified in POST payload"))?;
+            let wanted = body()?.get("selector").cloned().unwrap_or_default();
             selector::matches(&wanted, &Value::Object(serde_json::Map::new()))?;
             Ok(Filter::Selector(wanted))
         }
         "_design" => Ok(Filter::Design),
         "_view" => {
             let view = request.query_value("view").unwrap_or_default();
-            function(state, db, view).map(Filter::Function)
+            function(state, db, view, "views").map(Filter::Function)
         }
         _ if name.starts_with('_') => Err(bad("unknown builtin filter name")),
-        _ => function(state, db, name).map(Filter::Function),
+        _ => function(state, db, name, "filters").map(Filter::Function),
     }
 }
 
-fn function(state: &State, db: &str, name: &str) -> Result<FilterFunction, Refusal> {
+fn function(state: &State, db: &str, name: &str, kind: &str) -> Result<FilterFunction, Refusal> {
     if let Some(function) = state.filters.get(name) {
         return Ok(FilterFunction::clone(function));
     }
-    let Some((ddoc, name)) = name.split_once('/') else {
-        return Err(Refusal::new(400, "bad_request", "Invalid path."));
+    let Some((ddoc_id, name)) = name.split_once('/') else {
+        let reason = match state.flavour {
+            Flavour::V1 => "filter parameter must be of the form `designname/filtername`",
+            _ => "`filter` must be of the form `designname/filtername`",
+        };
+        return Err(Refusal::new(400, "bad_request", reason));
     };
-    let ddoc = state.databases[db].doc(&format!("_design/{ddoc}"));
-    let reason = match ddoc {
+    let ddoc_id = format!("_design/{ddoc_id}");
+    let reason = match state.databases[db].doc(&ddoc_id) {
         None => "missing".to_owned(),
         Some(ddoc) if ddoc.is_deleted(ddoc.winner()) => "deleted".to_owned(),
-        Some(_) => format!("missing json key: {name}"),
+        Some(ddoc) => {
+            let json = ddoc.json(&ddoc_id, ddoc.winner(), false).unwrap_or_default();
+            let members: Value = serde_json::from_str(&json).unwrap_or_default();
+            let missing = if members.get(kind).is_some() { name } else { kind };
+            format!("missing json key: {missing}")
+        }
     };
     Err(Refusal::new(404, "not_found", reason))
 }

@@ -175,7 +175,8 @@ impl StandIn {
         let mut doc = Incoming::parse(body).map_err(said)?;
         self.world.change(|state| {
             let database = state.db(db)?;
-            doc.rev = database.doc(id).map(|known| known.winner().clone());
+            let known = database.doc(id).filter(|known| !known.is_deleted(known.winner()));
+            doc.rev = known.map(|known| known.winner().clone());
             doc.deleted |= deleted;
             database.write(id, doc).map(|rev| rev.to_string()).map_err(said)
         })

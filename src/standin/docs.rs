@@ -91,6 +91,11 @@ impl Document {
         self.leaves.contains(rev)
     }
 
+    /// Whether this revision is or was there.
+    pub(crate) fn knows(&self, rev: &Rev) -> bool {
+        self.revs.contains_key(rev)
+    }
+
     /// Whether the body of this revision is here.
     pub(crate) fn has_body(&self, rev: &Rev) -> bool {
         self.revs.get(rev).is_some_and(|node| node.body.is_some())
@@ -168,8 +173,11 @@ impl Incoming {
 
     /// Reads a document, its members kept byte for byte but for blanks between them.
     pub(crate) fn parse(json: &str) -> Result<Incoming, Refusal> {
-        let members: Members<'_> =
-            serde_json::from_str(json).map_err(|_| Refusal::new(400, "bad_request", "invalid UTF-8 JSON"))?;
+        let members: Members<'_> = serde_json::from_str(json).map_err(|error| {
+            let other = error.is_data();
+            let reason = if other { "Document must be a JSON object" } else { "invalid UTF-8 JSON" };
+            Refusal::new(400, "bad_request", reason)
+        })?;
         let mut doc = Incoming::default();
         for (key, value) in members.0 {
             let name: String = serde_json::from_str(key.get()).unwrap_or_default();
@@ -230,7 +238,7 @@ fn history(json: &str) -> Result<Vec<Rev>, Refusal> {
 }
 
 /// The JSON without blanks outside of strings; nothing else changes.
-fn compact(json: &str) -> String {
+pub(crate) fn compact(json: &str) -> String {
     let (mut inside, mut escaped) = (false, false);
     json.chars()
         .filter(|&letter| {

@@ -10,6 +10,7 @@ pub mod receiver;
 pub mod record;
 
 mod changes_feed;
+mod doc_routes;
 mod docs;
 mod routes;
 mod selector;

@@ -1,8 +1,8 @@
-//! The stand-in's answers to everything but `_changes`: server, configuration, databases, documents, logins.
+//! The stand-in's answers about server, configuration, databases and logins.
 //!
-//! Guarantees statuses, texts and layout of the version, as recorded. `changes_feed` has the feed.
+//! Guarantees statuses, texts and layout of the version, as recorded. What is inside a database is answered by
+//! `doc_routes`, its feed by `changes_feed`.
 
-use std::fmt::Write;
 use std::io;
 
 use base64::Engine;
@@ -11,9 +11,9 @@ use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, utf8_percent_encode};
 use serde_json::Value;
 
 use crate::standin::couch::{Flavour, State};
-use crate::standin::docs::{Incoming, Refusal, Rev, quoted};
+use crate::standin::doc_routes;
+use crate::standin::docs::{Refusal, quoted};
 use crate::standin::http::{Answer, Request};
-use crate::standin::quirks::take_one;
 use crate::standin::seqs;
 use crate::standin::store::Database;
 
@@ -32,15 +32,15 @@ pub(crate) struct Reply {
 }
 
 impl Reply {
-    fn new(status: u16, body: impl Into<String>) -> Reply {
+    pub(crate) fn new(status: u16, body: impl Into<String>) -> Reply {
         Reply { status, headers: Vec::new(), body: body.into() }
     }
 
-    fn ok(json: impl std::fmt::Display) -> Reply {
+    pub(crate) fn ok(json: impl std::fmt::Display) -> Reply {
         Reply::new(200, format!("{json}\n"))
     }
 
-    fn with(mut self, name: &'static str, value: String) -> Reply {
+    pub(crate) fn with(mut self, name: &'static str, value: String) -> Reply {
         self.headers.push((name, value));
         self
     }
@@ -95,7 +95,8 @@ pub(crate) fn reply(state: &mut State, request: &Request) -> Reply {
     route(state, request).unwrap_or_else(|refusal| Reply::refusal(&refusal))
 }
 
-type Outcome = Result<Reply, Refusal>;
+/// An answer, or why there is none.
+pub(crate) type Outcome = Result<Reply, Refusal>;
 
 /// Who asks.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -159,16 +160,16 @@ fn is_member(flavour: Flavour, db: &Database, who: &Who) -> bool {
         .any(|name| matches!(who, Who::User(user) if *user == name))
 }
 
-fn names(security: &Value, group: &str, kind: &str) -> impl Iterator<Item = String> {
+pub(crate) fn names(security: &Value, group: &str, kind: &str) -> impl Iterator<Item = String> {
     let list = security.pointer(&format!("/{group}/{kind}")).and_then(Value::as_array).cloned();
     list.unwrap_or_default().into_iter().filter_map(|name| name.as_str().map(str::to_owned))
 }
 
-fn security(flavour: Flavour, db: &Database) -> Value {
+pub(crate) fn security(flavour: Flavour, db: &Database) -> Value {
     serde_json::from_str(&security_text(flavour, db)).unwrap_or_default()
 }
 
-fn security_text(flavour: Flavour, db: &Database) -> String {
+pub(crate) fn security_text(flavour: Flavour, db: &Database) -> String {
     let default = match flavour {
         Flavour::V3 => r#"{"members":{"roles":["_admin"]},"admins":{"roles":["_admin"]}}"#,
         _ => "{}",
@@ -187,6 +188,9 @@ fn route(state: &mut State, request: &Request) -> Outcome {
         ("GET", ["_up"]) if current => Ok(Reply::ok(r#"{"status":"ok","seeds":{}}"#)),
         ("GET", ["_up"]) if !old => Ok(Reply::ok(r#"{"status":"ok"}"#)),
         ("GET", ["_membership"]) if !old => {
+            if current {
+                need_admin(&who)?;
+            }
             Ok(Reply::ok(format!(r#"{{"all_nodes":["{NODE}"],"cluster_nodes":["{NODE}"]}}"#)))
         }
         ("GET", ["_session"]) => Ok(session(&who)),
@@ -203,7 +207,7 @@ fn route(state: &mut State, request: &Request) -> Outcome {
             config(state, &who, method, rest, &request.body)
         }
         (_, [db]) => on_database(state, &who, method, db, request),
-        (_, [db, rest @ ..]) => in_database(state, &who, method, db, rest, request),
+        (_, [db, rest @ ..]) => doc_routes::in_database(state, &who, method, db, rest, request),
         _ => Err(Refusal::new(405, "method_not_allowed", "Only GET,HEAD allowed")),
     }
 }
@@ -298,7 +302,9 @@ fn config(state: &mut State, who: &Who, method: &str, path: &[&str], body: &[u8]
 }
 
 fn on_database(state: &mut State, who: &Who, method: &str, name: &str, request: &Request) -> Outcome {
-    check_name(name)?;
+    if method == "PUT" || state.flavour == Flavour::V1 {
+        check_name(name)?;
+    }
     match method {
         "PUT" => {
             need_admin(who)?;
@@ -310,9 +316,11 @@ fn on_database(state: &mut State, who: &Who, method: &str, name: &str, request: 
         }
         "DELETE" => {
             need_admin(who)?;
-            database(state, name, who)?;
-            state.databases.remove(name);
-            Ok(Reply::ok("{\"ok\":true}"))
+            if state.databases.remove(name).is_some() {
+                return Ok(Reply::ok("{\"ok\":true}"));
+            }
+            let reason = if state.flavour == Flavour::V1 { "missing" } else { "Database does not exist." };
+            Err(Refusal::new(404, "not_found", reason))
         }
         "GET" => {
             database(state, name, who)?;
@@ -320,7 +328,7 @@ fn on_database(state: &mut State, who: &Who, method: &str, name: &str, request: 
         }
         "POST" => {
             let id = format!("{:032x}", state.rng.u128(..));
-            put_doc(state, who, name, &id, request)
+            doc_routes::put_doc(state, who, name, &id, request)
         }
         _ => Err(Refusal::new(405, "method_not_allowed", "Only DELETE,GET,HEAD,POST,PUT allowed")),
     }
@@ -338,215 +346,27 @@ fn check_name(name: &str) -> Result<(), Refusal> {
     Err(Refusal::new(400, "illegal_database_name", format!("Name: '{name}'. {rule}")))
 }
 
-fn location(request: &Request, path: &[&str]) -> String {
+pub(crate) fn location(request: &Request, path: &[&str]) -> String {
+    format!("http://{}/{}", request.header("host").unwrap_or("127.0.0.1"), path_text(path))
+}
+
+/// Segments as they stand in a path.
+pub(crate) fn path_text(path: &[&str]) -> String {
     let path: Vec<String> =
         path.iter().map(|part| utf8_percent_encode(part, &UNRESERVED).to_string()).collect();
-    format!("http://{}/{}", request.header("host").unwrap_or("127.0.0.1"), path.join("/"))
+    path.join("/")
 }
 
-fn in_database(
-    state: &mut State,
-    who: &Who,
-    method: &str,
-    name: &str,
-    path: &[&str],
-    request: &Request,
-) -> Outcome {
-    let flavour = state.flavour;
-    let db = database(state, name, who)?;
-    match (method, path) {
-        ("GET", ["_security"]) => Ok(Reply::ok(security_text(flavour, db))),
-        ("PUT", ["_security"]) => {
-            let security = security(flavour, db);
-            let db_admin =
-                matches!(who, Who::User(user) if names(&security, "admins", "names").any(|n| n == *user));
-            if *who != Who::Admin && !db_admin {
-                return Err(Refusal::new(401, "unauthorized", "You are not a db or server admin."));
-            }
-            let given: Value = json(&request.body)?;
-            db.security = Some(given.to_string());
-            db.commit();
-            Ok(Reply::ok("{\"ok\":true}"))
-        }
-        ("GET", ["_revs_limit"]) => Ok(Reply::ok(db.revs_limit)),
-        ("PUT", ["_revs_limit"]) => {
-            db.revs_limit = json(&request.body)?;
-            Ok(Reply::ok("{\"ok\":true}"))
-        }
-        ("POST", ["_ensure_full_commit"]) => {
-            db.commit();
-            Ok(Reply::new(201, format!("{{\"ok\":true,\"instance_start_time\":\"{}\"}}\n", db.opened_micros)))
-        }
-        ("POST", ["_compact"]) => {
-            db.compact();
-            Ok(Reply::new(202, "{\"ok\":true}\n"))
-        }
-        ("POST", ["_bulk_docs"]) => bulk_docs(db, request),
-        ("GET", ["_all_docs"]) => all_docs(db, request),
-        (_, ["_local", rest @ ..]) if !rest.is_empty() => {
-            local(state, name, method, &rest.join("/"), request)
-        }
-        (_, [id]) if id.starts_with("_local/") => local(state, name, method, &id["_local/".len()..], request),
-        ("GET", _) => get_doc(db, &path.join("/"), request),
-        ("PUT", _) => put_doc(state, who, name, &path.join("/"), request),
-        ("DELETE", _) => delete_doc(db, &path.join("/"), request),
-        _ => Err(Refusal::new(405, "method_not_allowed", "Only DELETE,GET,HEAD,PUT allowed")),
+/// `instance_start_time`: when it was opened on 1.x, nothing on 2.x, when it was made on 3.x.
+pub(crate) fn start_time(flavour: Flavour, db: &Database) -> i64 {
+    match flavour {
+        Flavour::V1 => db.opened_micros,
+        Flavour::V2 => 0,
+        Flavour::V3 => db.created_seconds,
     }
 }
 
-fn local(state: &mut State, name: &str, method: &str, id: &str, request: &Request) -> Outcome {
-    let missing = || Refusal::new(404, "not_found", "missing");
-    let full_id = format!("_local/{id}");
-    let State { databases, quirks, .. } = state;
-    let db = databases.get_mut(name).ok_or_else(missing)?;
-    if method == "GET" {
-        let age = usize::from(db.local(id, 0).is_some() && take_one(&mut quirks.old_locals));
-        let (rev, json) = db.local(id, age).ok_or_else(missing)?;
-        return Ok(Reply::ok(json).with("ETag", format!("\"0-{rev}\"")));
-    }
-    let mut doc = match method {
-        "PUT" => Incoming::parse(text(&request.body)?)?,
-        "DELETE" if db.local(id, 0).is_none() => return Err(missing()),
-        _ => Incoming::deletion(None),
-    };
-    if let Some(rev) = request.query_value("rev") {
-        doc.rev = Some(Rev::parse(rev)?);
-    }
-    let rev = db.write_local(id, doc)?;
-    full_commit(db, request);
-    let reply = Reply::new(
-        if method == "PUT" { 201 } else { 200 },
-        format!("{{\"ok\":true,\"id\":{},\"rev\":\"0-{rev}\"}}\n", quoted(&full_id)),
-    );
-    Ok(reply.with("ETag", format!("\"0-{rev}\"")).with("Location", location(request, &[name, &full_id])))
-}
-
-fn full_commit(db: &mut Database, request: &Request) {
-    if request.header("x-couch-full-commit") == Some("true") {
-        db.commit();
-    }
-}
-
-fn get_doc(db: &Database, id: &str, request: &Request) -> Outcome {
-    let missing = |reason| Refusal::new(404, "not_found", reason);
-    let doc = db.doc(id).ok_or_else(|| missing("missing"))?;
-    let rev = match request.query_value("rev") {
-        Some(rev) => Rev::parse(rev)?,
-        None if doc.is_deleted(doc.winner()) => return Err(missing("deleted")),
-        None => doc.winner().clone(),
-    };
-    let json = doc.json(id, &rev, request.query_value("conflicts") == Some("true"));
-    Ok(Reply::ok(json.ok_or_else(|| missing("missing"))?).with("ETag", format!("\"{rev}\"")))
-}
-
-fn put_doc(state: &mut State, who: &Who, name: &str, id: &str, request: &Request) -> Outcome {
-    if state.quirks.refuse_dead_letters && id.starts_with("msg_") {
-        return Err(Refusal::new(403, "forbidden", "made by a quirk"));
-    }
-    let db = database(state, name, who)?;
-    let mut doc = Incoming::parse(text(&request.body)?)?;
-    if let Some(rev) = rev_given(request) {
-        doc.rev = Some(Rev::parse(&rev)?);
-    }
-    let id = if request.method == "POST" {
-        doc.id.clone().unwrap_or_else(|| id.to_owned())
-    } else {
-        id.to_owned()
-    };
-    let rev = db.write(&id, doc)?;
-    full_commit(db, request);
-    let reply = Reply::new(201, format!("{{\"ok\":true,\"id\":{},\"rev\":\"{rev}\"}}\n", quoted(&id)));
-    Ok(reply.with("ETag", format!("\"{rev}\"")).with("Location", location(request, &[name, &id])))
-}
-
-fn delete_doc(db: &mut Database, id: &str, request: &Request) -> Outcome {
-    let missing = |reason| Refusal::new(404, "not_found", reason);
-    let known = db.doc(id).ok_or_else(|| missing("missing"))?;
-    if known.is_deleted(known.winner()) {
-        return Err(missing("deleted"));
-    }
-    let rev = rev_given(request).map(|rev| Rev::parse(&rev)).transpose()?;
-    let rev = db.write(id, Incoming::deletion(rev))?;
-    full_commit(db, request);
-    let reply = Reply::ok(format!("{{\"ok\":true,\"id\":{},\"rev\":\"{rev}\"}}", quoted(id)));
-    Ok(reply.with("ETag", format!("\"{rev}\"")))
-}
-
-fn rev_given(request: &Request) -> Option<String> {
-    let header = || request.header("if-match").map(|tag| tag.trim_matches('"'));
-    request.query_value("rev").or_else(header).map(str::to_owned)
-}
-
-fn bulk_docs(db: &mut Database, request: &Request) -> Outcome {
-    #[derive(serde::Deserialize)]
-    struct Bulk<'a> {
-        #[serde(borrow)]
-        docs: Vec<&'a serde_json::value::RawValue>,
-        #[serde(default = "yes")]
-        new_edits: bool,
-    }
-    fn yes() -> bool {
-        true
-    }
-    let bad = |_| Refusal::new(400, "bad_request", "invalid UTF-8 JSON");
-    let bulk: Bulk<'_> = serde_json::from_str(text(&request.body)?).map_err(bad)?;
-    let mut results = Vec::new();
-    for raw in bulk.docs {
-        let doc = Incoming::parse(raw.get())?;
-        let id =
-            doc.id.clone().ok_or_else(|| Refusal::new(400, "bad_request", "Document id must be given"))?;
-        if !bulk.new_edits {
-            db.write_replicated(&id, doc);
-            continue;
-        }
-        let id_json = quoted(&id);
-        results.push(match db.write(&id, doc) {
-            Ok(rev) => format!("{{\"ok\":true,\"id\":{id_json},\"rev\":\"{rev}\"}}"),
-            Err(no) => {
-                format!("{{\"id\":{id_json},\"error\":\"{}\",\"reason\":{}}}", no.error, quoted(&no.reason))
-            }
-        });
-    }
-    full_commit(db, request);
-    Ok(Reply::new(201, format!("[{}]\n", results.join(","))))
-}
-
-fn all_docs(db: &Database, request: &Request) -> Outcome {
-    let id_of = |names: [&str; 2]| {
-        let value = names.iter().find_map(|name| request.query_value(name));
-        value.map(|value| json::<String>(value.as_bytes())).transpose()
-    };
-    let (start, end, key) =
-        (id_of(["startkey", "start_key"])?, id_of(["endkey", "end_key"])?, id_of(["key", "key"])?);
-    let inclusive = request.query_value("inclusive_end") != Some("false");
-    let number = |name: &str| request.query_value(name).and_then(|value| value.parse::<usize>().ok());
-    let include_docs = request.query_value("include_docs") == Some("true");
-    let wanted = |id: &str| {
-        start.as_deref().is_none_or(|start| id >= start)
-            && end.as_deref().is_none_or(|end| id < end || (inclusive && id == end))
-            && key.as_deref().is_none_or(|key| id == key)
-    };
-    let offset =
-        db.live_docs().take_while(|(id, _)| start.as_deref().is_some_and(|start| *id < start)).count();
-    let skip = number("skip").unwrap_or(0);
-    let found = db.live_docs().filter(|(id, _)| wanted(id)).skip(skip);
-    let rows = found.take(number("limit").unwrap_or(usize::MAX)).map(|(id, doc)| {
-        let (rev, id_json) = (doc.winner(), quoted(id));
-        let mut row = format!("{{\"id\":{id_json},\"key\":{id_json},\"value\":{{\"rev\":\"{rev}\"}}");
-        if include_docs {
-            let _ = write!(row, ",\"doc\":{}", doc.json(id, rev, false).unwrap_or("null".to_owned()));
-        }
-        row + "}"
-    });
-    let rows: Vec<String> = rows.collect();
-    let (total, offset) = (db.live_docs().count(), offset + skip);
-    Ok(Reply::ok(format!(
-        "{{\"total_rows\":{total},\"offset\":{offset},\"rows\":[\r\n{}\r\n]}}",
-        rows.join(",\r\n")
-    )))
-}
-
-fn text(body: &[u8]) -> Result<&str, Refusal> {
+pub(crate) fn text(body: &[u8]) -> Result<&str, Refusal> {
     std::str::from_utf8(body).map_err(|_| Refusal::new(400, "bad_request", "invalid UTF-8 JSON"))
 }
 

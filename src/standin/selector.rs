@@ -14,7 +14,7 @@ use crate::standin::docs::Refusal;
 /// 400 for an operator that is not known here.
 pub(crate) fn matches(selector: &Value, doc: &Value) -> Result<bool, Refusal> {
     let Value::Object(members) = selector else {
-        return Err(Refusal::new(400, "bad_request", "Selector must be a JSON object"));
+        return Err(Refusal::new(400, "bad_request", "Selector error: expected a JSON object"));
     };
     for (name, wanted) in members {
         let passes = match (name.as_str(), wanted) {
@@ -35,7 +35,7 @@ fn each(selectors: &[Value], doc: &Value) -> Result<Vec<bool>, Refusal> {
 }
 
 fn unknown(name: &str) -> Refusal {
-    Refusal::new(400, "invalid_operator", format!("Invalid operator: {name}"))
+    Refusal::new(400, "bad_request", format!("Unsupported operator: {name}"))
 }
 
 fn field_matches(wanted: &Value, found: Option<&Value>) -> Result<bool, Refusal> {

@@ -90,10 +90,17 @@ impl Database {
     /// A write of a client: `_rev` must be a leaf, or absent where nothing lives.
     pub(crate) fn write(&mut self, id: &str, doc: Incoming) -> Result<Rev, Refusal> {
         let known = self.docs.get(id);
+        let old = self.flavour == Flavour::V1;
         let parent = match (known, doc.rev) {
             (None, None) => None,
+            // 1.x does not look for what is not there (seen on 1.7.1).
+            (None, rev) if old => rev,
             (Some(known), Some(rev)) if known.is_leaf(&rev) => Some(rev),
-            (Some(known), None) if known.is_deleted(known.winner()) => Some(known.winner().clone()),
+            (Some(known), None) if known.is_deleted(known.winner()) => {
+                // 1.x begins at generation 1 again beside the tombstone, unless it had that revision before (seen).
+                let again = old && !known.knows(&next_rev(None, doc.deleted, &doc.body));
+                (!again).then(|| known.winner().clone())
+            }
             _ => return Err(Refusal::conflict()),
         };
         let rev = next_rev(parent.as_ref(), doc.deleted, &doc.body);
@@ -291,6 +298,14 @@ mod tests {
 
         let mut other = database(Flavour::V1);
         assert_eq!(put(&mut other, "x", "{ \"v\" : 1 }"), one, "equal content has an equal revision");
+        let gone = put(&mut other, "x", &format!("{{\"_rev\":\"{one}\",\"_deleted\":true}}"));
+        assert_eq!(put(&mut other, "x", "{\"v\":2}").generation, 1, "1.x begins again");
+        let leaves = other.doc("x").unwrap().leaves();
+        assert_eq!((leaves.len(), &leaves[1]), (2, &gone));
+        let again = put(&mut other, "y", "{\"v\":1}");
+        put(&mut other, "y", &format!("{{\"_rev\":\"{again}\",\"_deleted\":true}}"));
+        assert_eq!(put(&mut other, "y", "{\"v\":1}").generation, 3, "but not to a revision it had");
+        assert_eq!(put(&mut other, "z", "{\"_rev\":\"1-x\"}").generation, 2, "1.x takes any parent");
     }
 
     #[test]

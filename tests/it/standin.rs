@@ -197,9 +197,9 @@ fn a_filtered_feed_may_never_end_while_others_write() {
     for flavour in ALL {
         let couch = start(flavour);
         couch.filter("app/none", |_, _| Ok(false));
-        let path = "/db/_changes?feed=continuous&timeout=150&since=now&filter=app/none";
+        let path = "/db/_changes?feed=continuous&timeout=400&since=now&filter=app/none";
         let open = || Open::send(&couch.url(), "GET", path, &[], "").unwrap();
-        // As long as somebody writes every few ms it stays open, though its timeout is 150 ms.
+        // As long as somebody writes every few ms it stays open, though its timeout is 400 ms.
         let write_until = |done: &dyn Fn() -> bool, limit: Duration| {
             let deadline = sys::now() + limit;
             while !done() && sys::now() < deadline {
@@ -212,12 +212,12 @@ fn a_filtered_feed_may_never_end_while_others_write() {
         let honest = open();
         assert!(couch.wait_until(LIMIT, |seen| seen.n_open_feeds() == 1));
         assert!(write_until(&|| n_open() == 0, LIMIT), "{flavour:?}: without the quirk it ends");
-        assert!(honest.rest().body.starts_with("{\"last_seq\""));
+        assert!(honest.rest().body.trim_start().starts_with("{\"last_seq\""));
 
         couch.quirks(|quirks| quirks.filtered_feeds_never_end = true);
         let mut endless = open();
         assert!(couch.wait_until(LIMIT, |seen| seen.n_open_feeds() == 1));
-        assert!(!write_until(&|| n_open() == 0, Duration::from_millis(600)), "{flavour:?}: it ended");
+        assert!(!write_until(&|| n_open() == 0, Duration::from_millis(1000)), "{flavour:?}: it ended");
         if flavour != Flavour::V1 {
             endless.until("\n\n");
         }
@@ -401,7 +401,7 @@ fn a_filter_that_throws_is_what_the_version_makes_of_it() {
     let reason = |path: &str| get(&couch.url(), path).json()["reason"].clone();
     assert_eq!(reason("/db/_changes?filter=app/x"), "missing");
     couch.put("db", "_design/app", &json!({})).unwrap();
-    assert_eq!(reason("/db/_changes?filter=app/x"), "missing json key: x");
+    assert_eq!(reason("/db/_changes?filter=app/x"), "missing json key: filters");
 }
 
 #[test]

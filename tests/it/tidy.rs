@@ -24,6 +24,9 @@ const IMPORTS: &[(&str, &[&str])] = &[
     ("src/lib.rs", &[]),
 ];
 
+/// Files that are tests as a whole, of modules behind `#[cfg(test)]`.
+const TESTS: &[&str] = &["src/pure/simulation.rs"];
+
 /// Texts that may stand only in the named files, beside tests.
 const ONLY_IN: &[(&str, &[&str])] = &[
     ("ureq::", &["src/couch/client.rs", "src/pipeline/webhook.rs", "src/tls.rs"]),
@@ -46,7 +49,7 @@ fn every_file_says_what_it_is() {
 #[test]
 fn every_import_is_in_the_table() {
     let mut faults = Vec::new();
-    for (path, text) in rust_files(&["src"]) {
+    for (path, text) in code_files() {
         let Some((_, allowed)) = IMPORTS.iter().find(|(prefix, _)| path.starts_with(prefix)) else {
             faults.push(format!("{path}: expected a line for it in IMPORTS of tests/it/tidy.rs"));
             continue;
@@ -67,7 +70,7 @@ fn every_import_is_in_the_table() {
 #[test]
 fn ureq_and_the_standard_streams_stay_where_they_belong() {
     let mut faults = Vec::new();
-    for (path, text) in rust_files(&["src"]) {
+    for (path, text) in code_files() {
         for (number, line) in without_tests(&text).lines().enumerate() {
             let code = line.split("//").next().unwrap_or_default();
             for (needle, allowed) in ONLY_IN {
@@ -127,6 +130,11 @@ fn spread<'a>(prefix: &str, text: &'a str, found: &mut Vec<String>) -> &'a str {
             return rest;
         }
     }
+}
+
+/// Files of the program itself.
+fn code_files() -> impl Iterator<Item = (String, String)> {
+    rust_files(&["src"]).into_iter().filter(|(path, _)| !TESTS.contains(&path.as_str()))
 }
 
 /// What stands before the file's own tests.

@@ -1,0 +1,24 @@
+//! Tests that need something nobody here wrote; `tests/run` installs it and runs each module as a part of its own.
+
+pub(crate) mod beam;
+pub(crate) mod beam_kills;
+pub(crate) mod couchdb_kills;
+pub(crate) mod pouchdb;
+
+use std::io::{BufRead, BufReader, Read};
+
+use crossbeam_channel::{Receiver, bounded};
+
+/// Lines of a child's output, read by a thread that ends with them.
+fn lines(output: impl Read + Send + 'static) -> Receiver<String> {
+    let (to, lines) = bounded(10_000);
+    #[expect(clippy::disallowed_methods, reason = "tests have no `sys` of their own")]
+    std::thread::spawn(move || {
+        for line in BufReader::new(output).lines().map_while(Result::ok) {
+            if to.send(line).is_err() {
+                return;
+            }
+        }
+    });
+    lines
+}
