@@ -20,6 +20,7 @@ use crate::names::{self, Names};
 use crate::pure::dispatch::Attempt;
 use crate::pure::endpoint::Outcome;
 use crate::pure::message::{Event, Telling};
+use crate::pure::redact::Redactor;
 use crate::pure::retry;
 use crate::pure::secret::Secret;
 use crate::pure::signature::{self, Key};
@@ -61,8 +62,8 @@ pub struct Endpoint {
     /// What every request carries.
     headers: HeaderMap,
     keys: Vec<Key>,
-    /// Must not stand in what is kept of an answer.
-    secrets: Vec<Secret>,
+    /// What must not come back to us in an answer's text.
+    redactor: Redactor,
     /// Answers so far: only then can a connection be a pooled one.
     n_answers: AtomicU64,
 }
@@ -78,17 +79,19 @@ impl Endpoint {
         let url = Url::parse(webhook.endpoint.expose()).map_err(fault)?;
         let keys = webhook.secrets.iter().map(|secret| Key::parse(secret.expose())).collect::<Result<_, _>>();
         let names = Names::default();
-        let address = Secret::new(url.without_userinfo());
-        let uri = address.expose().parse().map_err(|error| fault(format!("not a URL: {error}")))?;
-        let (headers, mut secrets) = headers(webhook, &url).map_err(fault)?;
-        secrets.push(address);
+        let address = url.without_userinfo();
+        let uri = address.parse().map_err(|error| fault(format!("not a URL: {error}")))?;
+        let (headers, secrets) = headers(webhook, &url).map_err(fault)?;
+        let redactor = Redactor::new(secrets.iter().chain(&webhook.secrets).map(Secret::expose))
+            .and_url(webhook.endpoint.expose())
+            .and_url(&address);
         Ok(Endpoint {
             agent: names::agent(agent_config(webhook, &url)?, &names),
             names,
             uri,
             headers,
             keys: keys.map_err(fault).context(|| "secret".to_owned())?,
-            secrets,
+            redactor,
             n_answers: AtomicU64::new(0),
         })
     }
@@ -154,7 +157,7 @@ impl Endpoint {
                 // Nobody reads what a delivery was answered.
                 let text = match status {
                     200..=299 => String::new(),
-                    _ => self.redacted(&String::from_utf8_lossy(&body)),
+                    _ => self.redactor.redact(&String::from_utf8_lossy(&body), ANSWER_CHARS),
                 };
                 Answer { outcome: Outcome::Status { status, retry_after }, text }
             }
@@ -163,24 +166,9 @@ impl Endpoint {
                 if outcome == Outcome::Unreachable {
                     self.names.forget();
                 }
-                Answer { outcome, text: self.redacted(&error.to_string()) }
+                Answer { outcome, text: self.redactor.redact(&error.to_string(), ANSWER_CHARS) }
             }
         }
-    }
-
-    /// The start of a text in one line, without anything of ours that must not leave.
-    fn redacted(&self, text: &str) -> String {
-        let mut text: String = text
-            .chars()
-            .take(8 * ANSWER_CHARS)
-            .map(|char| if char.is_control() { ' ' } else { char })
-            .collect();
-        for secret in self.secrets.iter().map(Secret::expose) {
-            if secret.len() >= 4 {
-                text = text.replace(secret, "***");
-            }
-        }
-        text.trim().chars().take(ANSWER_CHARS).collect()
     }
 }
 
@@ -200,11 +188,11 @@ fn headers(webhook: &config::Webhook, url: &Url) -> Result<(HeaderMap, Vec<Secre
     let mut secrets = Vec::new();
     if let Some((name, password)) = url.userinfo()? {
         use base64::Engine;
-        let password = password.as_ref().map_or("", Secret::expose);
-        let both = base64::engine::general_purpose::STANDARD.encode(format!("{name}:{password}"));
+        let text = password.as_ref().map_or("", Secret::expose);
+        let both = base64::engine::general_purpose::STANDARD.encode(format!("{name}:{text}"));
         let login = Secret::new(format!("Basic {both}"));
         headers.insert(AUTHORIZATION, value("authorization", login.expose())?);
-        secrets.push(login);
+        secrets.extend([login].into_iter().chain(password));
     }
     for (name, secret) in &webhook.headers {
         let header =

@@ -4,11 +4,17 @@
 
 mod cli;
 mod couch;
+mod ending;
+mod endpoints;
 mod host;
 mod http_client;
+mod kills;
 mod receiver;
+mod secrets;
+mod sharing;
 mod standin;
 mod standin_recorded;
+mod world;
 
 mod outside;
 mod tidy;
