@@ -3,6 +3,7 @@
 #![allow(clippy::unwrap_used, reason = "all of it is test")]
 
 mod couch;
+mod docs;
 mod host;
 mod http_client;
 mod receiver;
