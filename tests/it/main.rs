@@ -6,6 +6,7 @@ mod cli;
 mod couch;
 mod ending;
 mod endpoints;
+mod docs;
 mod host;
 mod http_client;
 mod kills;
