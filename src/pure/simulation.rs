@@ -151,6 +151,7 @@ struct Seen {
     pause: bool,
     recreated: bool,
     rolled_back: bool,
+    full_page: bool,
 }
 
 struct World {
@@ -159,6 +160,7 @@ struct World {
     strict: bool,
     one: bool,
     concurrency: usize,
+    page_rows: usize,
     dbs: Vec<Db>,
     /// Marks in the webhook's record.
     known: Vec<Option<u64>>,
@@ -231,6 +233,7 @@ impl World {
             strict: concurrency == 1,
             one,
             concurrency,
+            page_rows: *rng.choice(&[1, 3, 7, 1_000]).unwrap(),
             dbs: (0..FLOWS).map(|flow| Db::new(one, flow as u64)).collect(),
             known: vec![None; FLOWS],
             tellings: tellings.collect(),
@@ -263,8 +266,10 @@ impl World {
 
     /// The daemon starts: nothing but what is stored is left.
     fn start(&mut self) {
-        let flows =
-            (0..FLOWS).map(|_| Flow::new(self.strict, Duration::from_secs(60), Duration::from_secs(5)));
+        // Pages that a few documents fill.
+        let page_rows = self.page_rows;
+        let flow = || Flow::new(self.strict, Duration::from_secs(60), Duration::from_secs(5));
+        let flows = (0..FLOWS).map(|_| flow().with_page_rows(page_rows));
         self.dispatch = Dispatch::new(settings(self.concurrency), flows.collect(), self.now);
         let suspects = self.letters.iter().filter(|(_, (_, _, class))| *class == LetterClass::Suspect);
         let suspects = suspects
@@ -536,6 +541,7 @@ impl World {
             }
         }
         let full = open.limit.is_some_and(|limit| open.n_rows >= limit);
+        self.seen.full_page |= full;
         self.trace(&("rows", flow, &rows));
         self.dispatch.on_rows(flow, rows, self.now);
         let times_out = open.limit.is_none() && dry && self.rng.u8(..4) == 0;
@@ -559,7 +565,6 @@ impl World {
                 self.jobs.push(Job::Open(flow));
                 return;
             }
-            // Small pages, so that there are full ones.
             Read::Page { since, limit } => (since, Some(limit)),
             Read::Wait { since } => (since, None),
         };
@@ -657,7 +662,13 @@ impl World {
     fn poll(&mut self) {
         let mut actions = Vec::new();
         let jitter = self.rng.f64();
-        self.dispatch.poll(self.now, usize::MAX, jitter, &mut || true, &mut actions);
+        // Now and then other webhooks hold all that the process has.
+        let hold = if self.calm { 0 } else { self.rng.usize(..8) };
+        let (bytes_free, spare) = (if hold == 1 { 0 } else { usize::MAX }, hold != 2);
+        self.dispatch.poll(self.now, bytes_free, jitter, &mut || spare, &mut actions);
+        let deadline = self.dispatch.next_deadline();
+        let none_is_past = deadline.is_none_or(|at| at > self.now);
+        assert!(none_is_past, "the shell would spin: {deadline:?} at {:?}, {:?}", self.now, self.dispatch);
         for action in actions {
             self.trace(&action);
             match action {
@@ -736,6 +747,8 @@ impl World {
             {
                 (0..FLOWS).for_each(|flow| self.step_read(flow));
             } else {
+                let waits = self.dispatch.n_pending() > 0 && self.dispatch.next_deadline().is_none();
+                assert!(!waits, "nothing would ever go on: {:?}", self.dispatch);
                 self.pass_time();
                 if self.rng.u8(..4) == 0 {
                     // Other traffic, which is what shows that a poisoned event is one.
@@ -858,7 +871,7 @@ fn run_all(seeds: impl Iterator<Item = u64>) -> BTreeMap<&'static str, u64> {
 }
 
 /// What schedules must hold often enough for the simulation to mean anything, in percent.
-fn shares(seen: Seen) -> [(&'static str, bool, u8); 7] {
+fn shares(seen: Seen) -> [(&'static str, bool, u8); 8] {
     [
         ("at least 4 in flight", seen.four_in_flight, 20),
         ("a crash between delivery and checkpoint", seen.crash_before_checkpoint, 5),
@@ -867,5 +880,6 @@ fn shares(seen: Seen) -> [(&'static str, bool, u8); 7] {
         ("an endpoint pause", seen.pause, 5),
         ("a database re-created", seen.recreated, 5),
         ("a server rolled back", seen.rolled_back, 5),
+        ("a full page", seen.full_page, 20),
     ]
 }
