@@ -135,7 +135,7 @@ fn telling() -> Telling {
 }
 
 fn row(seq: &str, doc: &str) -> Row {
-    let doc = serde_json::value::RawValue::from_string(doc.to_owned()).unwrap();
+    let doc = couch_hookd::pure::document::Document::parse(doc.to_owned()).unwrap();
     Row {
         seq: Seq::from_json(seq),
         id: "a".to_owned(),

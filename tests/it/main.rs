@@ -4,9 +4,9 @@
 
 mod cli;
 mod couch;
+mod docs;
 mod ending;
 mod endpoints;
-mod docs;
 mod host;
 mod http_client;
 mod kills;
