@@ -16,6 +16,7 @@ use crate::error::{Context, Error, Kind, Result};
 use crate::pure::dispatch::Attempt;
 use crate::pure::endpoint::Outcome;
 use crate::pure::message::{Event, Telling};
+use crate::pure::redact::Redactor;
 use crate::pure::retry;
 use crate::pure::secret::Secret;
 use crate::pure::signature::{self, Key};
@@ -47,6 +48,8 @@ pub struct Endpoint {
     headers: Vec<(String, Secret)>,
     webhook: String,
     user_agent: String,
+    /// What must not come back to us in an answer's text.
+    redactor: Redactor,
     /// Answers so far: only then can a connection be a pooled one.
     n_answers: AtomicU64,
 }
@@ -60,7 +63,8 @@ impl Endpoint {
     pub fn new(webhook: &config::Webhook) -> Result<Endpoint> {
         let fault = |found: String| Error::new(Kind::Config, found);
         let url = Url::parse(webhook.endpoint.expose()).map_err(fault)?;
-        let authorization = url.userinfo().map_err(fault)?.map(|(name, password)| {
+        let userinfo = url.userinfo().map_err(fault)?;
+        let authorization = userinfo.as_ref().map(|(name, password)| {
             use base64::Engine;
             let password = password.as_ref().map_or("", Secret::expose);
             let both = base64::engine::general_purpose::STANDARD.encode(format!("{name}:{password}"));
@@ -68,6 +72,11 @@ impl Endpoint {
         });
         let keys = webhook.secrets.iter().map(|secret| Key::parse(secret.expose())).collect::<Result<_, _>>();
         let tls = if url.is_https() { Some(tls::settings(webhook.ca_file.as_deref())?) } else { None };
+        let passwords = userinfo.iter().filter_map(|(_, password)| password.as_ref()).chain(&authorization);
+        let values = webhook.headers.iter().map(|(_, value)| value).chain(&webhook.secrets);
+        let redactor = Redactor::new(passwords.chain(values).map(Secret::expose))
+            .and_url(webhook.endpoint.expose())
+            .and_url(&url.without_userinfo());
         let mut agent = Agent::config_builder()
             .http_status_as_error(false)
             .max_redirects(0)
@@ -89,6 +98,7 @@ impl Endpoint {
             headers: webhook.headers.clone(),
             webhook: webhook.name.clone(),
             user_agent: concat!("couch-hookd/", env!("CARGO_PKG_VERSION")).to_owned(),
+            redactor,
             n_answers: AtomicU64::new(0),
         })
     }
@@ -161,28 +171,14 @@ impl Endpoint {
     fn judge(&self, result: Result<(u16, Option<Duration>, Vec<u8>), ureq::Error>) -> Answer {
         match result {
             Ok((status, retry_after, body)) => {
-                let text = self.redacted(&String::from_utf8_lossy(&body));
+                let text = self.redactor.redact(&String::from_utf8_lossy(&body), ANSWER_CHARS);
                 Answer { outcome: Outcome::Status { status, retry_after }, text }
             }
-            Err(error) => Answer { outcome: outcome_of(&error), text: self.redacted(&error.to_string()) },
+            Err(error) => Answer {
+                outcome: outcome_of(&error),
+                text: self.redactor.redact(&error.to_string(), ANSWER_CHARS),
+            },
         }
-    }
-
-    /// The start of a text in one line, without anything of ours that must not leave.
-    fn redacted(&self, text: &str) -> String {
-        let mut text: String = text
-            .chars()
-            .take(8 * ANSWER_CHARS)
-            .map(|char| if char.is_control() { ' ' } else { char })
-            .collect();
-        let headers = self.headers.iter().map(|(_, value)| value.expose());
-        let authorization = self.authorization.iter().map(Secret::expose);
-        for secret in headers.chain(authorization).chain([self.url.expose()]) {
-            if secret.len() >= 4 {
-                text = text.replace(secret, "***");
-            }
-        }
-        text.trim().chars().take(ANSWER_CHARS).collect()
     }
 }
 

@@ -12,6 +12,7 @@ pub mod log_limit;
 pub mod login;
 pub mod message;
 pub mod os_daemon;
+pub mod redact;
 pub mod retry;
 mod scan;
 pub mod secret;

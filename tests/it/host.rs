@@ -11,6 +11,8 @@ use std::process::{Child, ChildStdin, Command, ExitStatus, Stdio};
 use std::sync::{Arc, Condvar, Mutex};
 use std::time::{Duration, Instant};
 
+use crate::world::assert_no_secret;
+
 /// How long anything may take before a test gives up and prints what happened.
 pub(crate) const WAIT_MAX: Duration = Duration::from_secs(10);
 
@@ -91,7 +93,13 @@ impl Host {
         Host::start_program(env!("CARGO_BIN_EXE_couch-hookd"), ini, arguments, environment)
     }
 
-    fn start_program(program: &str, ini: &str, arguments: &[&str], environment: &[(&str, &str)]) -> Host {
+    /// Starts something else that speaks as the daemon does.
+    pub(crate) fn start_program(
+        program: &str,
+        ini: &str,
+        arguments: &[&str],
+        environment: &[(&str, &str)],
+    ) -> Host {
         let shared = Shared {
             start: now(),
             sections: sections(ini),
@@ -290,6 +298,15 @@ impl Drop for Host {
         if let Some(running) = &mut self.running {
             let _ = running.child.kill();
             let _ = running.child.wait();
+        }
+        if !std::thread::panicking() {
+            let shared = self.shared.0.lock().unwrap();
+            for logged in &shared.logged {
+                assert_no_secret("the log", &logged.message);
+            }
+            for (_, line) in shared.transcript.iter().filter(|(_, line)| line.starts_with("stderr:")) {
+                assert_no_secret("stderr", line);
+            }
         }
     }
 }

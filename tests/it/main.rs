@@ -3,11 +3,17 @@
 #![allow(clippy::unwrap_used, reason = "all of it is test")]
 
 mod couch;
+mod ending;
+mod endpoints;
 mod host;
 mod http_client;
+mod kills;
 mod receiver;
+mod secrets;
+mod sharing;
 mod standin;
 mod standin_recorded;
+mod world;
 
 mod outside;
 mod tidy;
