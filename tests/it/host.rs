@@ -200,6 +200,17 @@ impl Host {
         });
     }
 
+    /// How often the daemon has asked for `section`.
+    pub(crate) fn n_asked(&self, section: &str) -> usize {
+        self.shared.0.lock().unwrap().asked.iter().filter(|asked| *asked == section).count()
+    }
+
+    /// How often the daemon has registered `section`.
+    pub(crate) fn n_registered(&self, section: &str) -> usize {
+        let shared = self.shared.0.lock().unwrap();
+        shared.registered.iter().filter(|registered| *registered == section).count()
+    }
+
     /// Waits until the daemon registered a section.
     pub(crate) fn wait_for_register(&self, section: &str) {
         self.wait(&format!("register of `{section}`"), |shared| {

@@ -3,7 +3,9 @@
 pub(crate) mod beam;
 pub(crate) mod beam_kills;
 pub(crate) mod couchdb_kills;
+pub(crate) mod couchdb;
 pub(crate) mod pouchdb;
+pub(crate) mod pouchdb_daemon;
 
 use std::io::{BufRead, BufReader, Read};
 
