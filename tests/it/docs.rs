@@ -43,9 +43,7 @@ fn every_example_fits_the_schema() {
     for example in &examples {
         assert_eq!(faults(example), [""; 0], "{example}");
     }
-    for reason in ["too_large"] {
-        assert!(text.contains(&format!("\"reason\":\"{reason}\"")), "no example of `{reason}`");
-    }
+    assert!(text.contains("\"reason\":\"too_large\""), "no example of a document left out");
 }
 
 #[test]
@@ -195,9 +193,10 @@ fn is_of_type(value: &Value, name: &str) -> bool {
 /// The texts of code blocks in one language.
 fn code_blocks<'a>(text: &'a str, language: &str) -> impl Iterator<Item = &'a str> {
     let open = format!("```{language}\n");
-    text.split("\n```").zip(text.split("\n```").skip(1)).filter_map(move |(_, block)| {
-        format!("```{block}").starts_with(&open).then(|| &block[language.len() + 1..])
-    })
+    text.split("\n```")
+        .zip(text.split("\n```").skip(1))
+        .filter(move |(_, block)| format!("```{block}").starts_with(&open))
+        .map(move |(_, block)| &block[language.len() + 1..])
 }
 
 /// `text` with another part between `<!-- name -->` and the next `<!-- end -->`.

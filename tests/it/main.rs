@@ -2,8 +2,8 @@
 
 #![allow(clippy::unwrap_used, reason = "all of it is test")]
 
-mod cli;
 mod bad_input;
+mod cli;
 mod configuring;
 mod couch;
 mod docs;
@@ -14,9 +14,9 @@ mod host;
 mod http_client;
 mod kills;
 mod receiver;
+mod recreation;
 mod secrets;
 mod sharing;
-mod recreation;
 mod standin;
 mod standin_recorded;
 mod world;
