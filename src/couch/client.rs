@@ -19,6 +19,7 @@ use crate::config;
 use crate::couch::gate::Gate;
 use crate::couch::refusal::{Refusal, from_json, login_verdict};
 use crate::error::{Context, Error, Kind, Result};
+use crate::names::{self, Names};
 use crate::pure::login::Verdict;
 use crate::tls;
 
@@ -482,7 +483,7 @@ impl AgentSettings {
         if let Some(tls) = &self.tls {
             builder = builder.tls_config(tls.clone());
         }
-        builder.build().new_agent()
+        names::agent(builder.build(), &Names::default())
     }
 }
 

@@ -12,6 +12,7 @@ use serde_json::value::RawValue;
 
 use crate::couch::client::{Generation, Limits, Reply, Server, Written, db_path};
 use crate::couch::refusal::from_json;
+use crate::couch::state_db::FULL_COMMIT;
 use crate::error::{Context, Error, Kind, Result};
 use crate::pure::checkpoint::{CHECKPOINT_BYTES_MAX, Checkpoint, Mark, StateKey, checkpoint_id};
 use crate::pure::seq::Seq;
@@ -159,6 +160,7 @@ pub fn ensure_mark(
 }
 
 /// Stores a checkpoint over the one whose `_rev` is given, and gives the new `_rev`. Never together with a mark.
+/// On 1.x it is on disk then: for the first one, which says what `now` is. Without it all there is would be told.
 ///
 /// # Errors
 /// `Conflict` on 1.x when another one is stored; 2.x and 3.x do not check. Else as [`Server::put_json`].
@@ -170,10 +172,19 @@ pub fn write_checkpoint(
     checkpoint: &Checkpoint,
     rev: Option<&str>,
 ) -> Result<String> {
-    write_checkpoint_within(server, db, webhook, key, checkpoint, rev, Limits::default())
+    let headers = [FULL_COMMIT];
+    put_checkpoint(
+        server,
+        db,
+        webhook,
+        &checkpoint.to_json(db, webhook, key, rev),
+        &headers,
+        Limits::default(),
+    )
 }
 
-/// As [`write_checkpoint`], with limits for a hurried end.
+/// As [`write_checkpoint`], with limits for a hurried end. On 1.x a killed server may forget it with the changes
+/// that it lets pass, which is as it should be.
 ///
 /// # Errors
 /// As [`write_checkpoint`].
@@ -186,9 +197,19 @@ pub fn write_checkpoint_within(
     rev: Option<&str>,
     limits: Limits,
 ) -> Result<String> {
+    put_checkpoint(server, db, webhook, &checkpoint.to_json(db, webhook, key, rev), &[], limits)
+}
+
+fn put_checkpoint(
+    server: &Server,
+    db: &str,
+    webhook: &str,
+    body: &str,
+    headers: &[(&str, &str)],
+    limits: Limits,
+) -> Result<String> {
     let path = local_path(db, &checkpoint_id(webhook));
-    let body = checkpoint.to_json(db, webhook, key, rev);
-    let reply = server.request_within(&Method::PUT, &path, Some(&body), &[], limits)?;
+    let reply = server.request_within(&Method::PUT, &path, Some(body), headers, limits)?;
     let written: Written = from_json(&reply.body).context(|| format!("PUT {path}"))?;
     Ok(written.rev)
 }
@@ -238,7 +259,9 @@ fn write_mark(server: &Server, db: &str, old: Option<StoredMark>, created: Optio
     if let Some(created) = created {
         document["instance_start_time"] = created.into();
     }
-    match server.put_json(&local_path(db, MARK_ID), &document.to_string()) {
+    // On 1.x a mark that a killed server forgets would come back as another one: a re-creation that never was.
+    match server.request(&Method::PUT, &local_path(db, MARK_ID), Some(&document.to_string()), &[FULL_COMMIT])
+    {
         Ok(_) => {}
         // Another daemon was first; its mark is as good.
         Err(error) if error.kind() == Kind::Conflict => {}

@@ -228,6 +228,8 @@ struct Dispatcher<'a> {
     in_flight: HashMap<u64, (WebhookId, jiff::Timestamp)>,
     failures: HashMap<WebhookId, Failure>,
     complaints: Vec<Complaint>,
+    /// Answers cut off since a request last ended as it should.
+    n_cuts: Vec<u32>,
     n_letters: u64,
     bytes: usize,
     stop: Option<Stopping>,
@@ -284,6 +286,7 @@ impl<'a> Dispatcher<'a> {
             marks: webhook.db.iter().map(|db| active.record.databases.get(db).copied()).collect(),
             lives: vec![None; n],
             complaints: (0..n).map(|_| Complaint::default()).collect(),
+            n_cuts: vec![0; n],
             shared,
             webhook,
             dispatch,
@@ -319,11 +322,43 @@ impl<'a> Dispatcher<'a> {
             if self.is_over(now) {
                 return self.end();
             }
-            self.wait(orders);
+            // To wait costs more than to look: seven channels to sign on to, and a switch of threads.
+            if !self.take_ready(orders) {
+                self.wait(orders);
+                // Where cores are short, workers that are about to finish do so now: one wake-up takes them all.
+                sys::yield_now();
+                self.take_ready(orders);
+            }
         }
     }
 
-    /// Waits for one input, then takes whatever else is there; rows last and one batch at a time.
+    /// Takes what is there, rows last and one batch at a time; whether there was anything.
+    fn take_ready(&mut self, orders: &Receiver<Order>) -> bool {
+        let mut any = false;
+        while let Ok(done) = self.channels.done.1.try_recv() {
+            self.on_done(done);
+            any = true;
+        }
+        while let Ok(stored) = self.channels.stored.1.try_recv() {
+            self.on_stored(stored);
+            any = true;
+        }
+        while let Ok(errant) = self.channels.errants.1.try_recv() {
+            self.on_errant(errant);
+            any = true;
+        }
+        if let Ok(order) = orders.try_recv() {
+            self.on_order(order);
+            any = true;
+        }
+        if let Ok(fed) = self.channels.fed.1.try_recv() {
+            self.on_fed(fed);
+            any = true;
+        }
+        any
+    }
+
+    /// Waits for one input.
     fn wait(&mut self, orders: &Receiver<Order>) {
         let Channels { done, stored, errants, fed, wake } = &self.channels;
         let (done, stored, errants, fed, wake) =
@@ -348,10 +383,6 @@ impl<'a> Dispatcher<'a> {
             recv(timer) -> _ => {}
             recv(fed) -> input => input.into_iter().for_each(|fed| self.on_fed(fed)),
         }
-        done.try_iter().for_each(|done| self.on_done(done));
-        stored.try_iter().for_each(|stored| self.on_stored(stored));
-        errants.try_iter().for_each(|errant| self.on_errant(errant));
-        fed.try_iter().take(1).for_each(|fed| self.on_fed(fed));
     }
 
     // --- Inputs ------------------------------------------------------------------------------------------
@@ -402,7 +433,7 @@ impl<'a> Dispatcher<'a> {
         match result {
             Ok(rev) => self.dispatch.on_checkpoint(flow, Some(rev), now),
             Err(error) => {
-                self.complain(flow, &error, "failed to store the checkpoint");
+                self.complain(flow, &error, "failed to store the checkpoint: ");
                 self.dispatch.on_checkpoint(flow, None, now);
             }
         }
@@ -438,17 +469,21 @@ impl<'a> Dispatcher<'a> {
                 self.lives[flow] = life;
                 self.dispatch.on_opened(flow, opened);
                 self.shared.outage.over();
-                if self.complaints[flow].over() {
-                    log::info!("{}: reading again", self.place(flow));
-                }
             }
             Fed::Rows(flow, rows) => self.dispatch.on_rows(flow, rows, now),
             Fed::End { flow, last_seq, pending, closed } => {
+                // Opened, and even rows, may be followed by the same fault at the same place.
+                if !closed {
+                    self.n_cuts[flow] = 0;
+                    if self.complaints[flow].over() {
+                        log::info!("{}: reading again", self.place(flow));
+                    }
+                }
                 self.dispatch.on_end(flow, last_seq, pending, closed, now);
             }
             Fed::Failed(flow, fault, error) => {
                 if let Some(error) = error.filter(|_| self.stop.is_none()) {
-                    self.complain(flow, &error, "failed to read");
+                    self.complain(flow, &error, "");
                 }
                 self.dispatch.on_read_failed(flow, fault, now);
             }
@@ -460,16 +495,19 @@ impl<'a> Dispatcher<'a> {
             self.shared.outage.say(error);
             return;
         }
-        if !self.complaints[flow].is_news(error.kind(), sys::now()) {
-            log::debug!("{}: {what}: {error}", self.place(flow));
+        let cut = error.kind() == Kind::Cut;
+        self.n_cuts[flow] += u32::from(cut);
+        // One cut is how a server that stops, or a proxy that has waited long enough, ends a request: no news yet.
+        if (cut && self.n_cuts[flow] == 1) || !self.complaints[flow].is_news(error.kind(), sys::now()) {
+            log::debug!("{}: {what}{error}", self.place(flow));
             return;
         }
         let place = self.place(flow);
         match error.kind() {
             Kind::NotFound => log::warn!("{place} does not exist; waiting for it"),
-            Kind::Timeout => log::warn!("{place}: {error}; reconnecting"),
+            Kind::Timeout | Kind::Cut => log::warn!("{place}: {what}{error}; reconnecting"),
             Kind::Stopped => {}
-            _ => log::error!("{place}: {what}: {error}; trying again"),
+            _ => log::error!("{place}: {what}{error}; trying again"),
         }
     }
 

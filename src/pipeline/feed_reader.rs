@@ -20,7 +20,7 @@ use crate::couch::local_docs;
 use crate::error::{Error, Kind, Result};
 use crate::pipeline::Shared;
 use crate::pure::changes::Item;
-use crate::pure::checkpoint::Mark;
+use crate::pure::checkpoint::{Checkpoint, Mark};
 use crate::pure::dispatch::FlowIndex;
 use crate::pure::flow::{Opened, Read, ReadFault};
 use crate::pure::message::{Arrived, Telling};
@@ -102,6 +102,7 @@ impl Reader {
             opened: None,
             generation: Generation::Three,
             misses: 0,
+            unknown_since: None,
             stopping: Arc::clone(&stopping),
         };
         let thread = sys::spawn(&name, move || state.run(&orders))?;
@@ -148,6 +149,8 @@ struct State {
     opened: Option<Known>,
     generation: Generation,
     misses: u32,
+    /// The position that CouchDB last said not to know.
+    unknown_since: Option<Seq>,
     stopping: Arc<AtomicBool>,
 }
 
@@ -204,7 +207,11 @@ impl State {
             );
         }
         self.opened = Some(Known { mark: opened.mark, life: opened.life.clone() });
-        let checkpoint = opened.checkpoint.map(|checkpoint| {
+        let known = |checkpoint: &Checkpoint| self.unknown_since.as_ref() != Some(&checkpoint.through_seq);
+        if opened.checkpoint.as_ref().is_some_and(|checkpoint| !known(checkpoint)) {
+            log::error!("{place}: CouchDB does not know the stored position; reading from the beginning");
+        }
+        let checkpoint = opened.checkpoint.filter(known).map(|checkpoint| {
             let delivered = checkpoint.delivered.iter().map(|id| id.0).collect();
             (checkpoint.through_seq, delivered)
         });
@@ -272,6 +279,9 @@ impl State {
             self.misses += 1;
         } else {
             self.misses = 0;
+        }
+        if let Err(error) = &result {
+            self.unknown_since = (error.kind() == Kind::BadSince).then_some(request.since);
         }
         let closed = result? != FeedEnd::Complete;
         Ok(self.end(end.0, end.1, closed))

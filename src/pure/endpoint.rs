@@ -275,6 +275,11 @@ impl Endpoint {
         matches!(self.state, State::Up { .. })
     }
 
+    /// Whether it takes deliveries in order of arrival, and one more now.
+    pub fn has_free_delivery(&self) -> bool {
+        matches!(self.state, State::Up { allowed } if self.in_flight < allowed)
+    }
+
     /// Deliveries in flight.
     pub fn n_in_flight(&self) -> usize {
         self.in_flight
@@ -437,6 +442,10 @@ impl Endpoint {
     }
 
     fn on_gone(&mut self, trial: &mut Trial, lane: u64, was_probe: bool, at: Moment) -> Verdict {
+        // To one event again and again, while others are taken: then it is the event. It would hold the position
+        // for ever, because each delivery between shows that the endpoint is not gone.
+        self.n_failed += 1;
+        self.strike(trial);
         match self.gone_seen {
             Some((first, first_at)) if first != lane || at.now >= first_at + GONE_AGAIN => {
                 self.state = State::Gone;
@@ -471,7 +480,10 @@ impl Endpoint {
             Outcome::Unreachable | Outcome::Timeout | Outcome::Broken => None,
         };
         let unreachable = outcome == Outcome::Unreachable;
-        if !unreachable {
+        if unreachable {
+            // Only an endpoint that does answer has had its time (`give_up_after`): an outage starts it anew.
+            trial.answered_since = None;
+        } else {
             self.strike(trial);
             trial.answered_since.get_or_insert(at.now);
         }
@@ -605,3 +617,6 @@ impl Trial {
         self.looked_up = false;
     }
 }
+
+#[cfg(test)]
+mod tests;

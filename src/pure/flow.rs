@@ -148,6 +148,8 @@ pub struct Flow {
     /// An open request may never end by itself: a filtered one does not (CONTRACT §6), nor does one on a busy
     /// database, nor pouchdb-server's on a deleted one.
     rotate: Duration,
+    /// Rows of a page, at most.
+    page_rows: usize,
     reading: Reading,
     next: Next,
     first_page: bool,
@@ -171,6 +173,7 @@ impl Flow {
     pub fn new(strict: bool, rotate: Duration, checkpoint_interval: Duration) -> Flow {
         Flow {
             rotate,
+            page_rows: PAGE_ROWS,
             reading: Reading::Idle,
             next: Next::Open,
             first_page: true,
@@ -188,6 +191,13 @@ impl Flow {
         }
     }
 
+    /// With other pages, so that a test of a few rows has full ones.
+    #[cfg(test)]
+    #[must_use]
+    pub fn with_page_rows(self, page_rows: usize) -> Flow {
+        Flow { page_rows, ..self }
+    }
+
     /// The lanes, for whoever starts deliveries.
     pub fn lanes(&mut self) -> &mut Lanes {
         &mut self.lanes
@@ -201,6 +211,11 @@ impl Flow {
     /// What they weigh, in bytes.
     pub fn bytes(&self) -> usize {
         self.lanes.bytes()
+    }
+
+    /// Whether there is something for a probe to take.
+    pub fn can_probe(&self) -> bool {
+        self.lanes.can_probe()
     }
 
     /// Rows that a page in progress may still bring.
@@ -241,7 +256,7 @@ impl Flow {
                 Some(Read::Open)
             }
             Next::Page => {
-                let limit = room.min(PAGE_ROWS);
+                let limit = room.min(self.page_rows);
                 self.reading = Reading::Page { limit, n_rows: 0 };
                 Some(Read::Page { since: self.watermark.read_seq().clone(), limit })
             }
@@ -256,7 +271,8 @@ impl Flow {
     /// Once true, the shell closes and answers with `on_end` or `on_read_failed`.
     pub fn should_close(&mut self, has_room: bool, now: Instant) -> bool {
         let close = match self.reading {
-            Reading::Page { .. } => !has_room,
+            // A full one ends by itself.
+            Reading::Page { limit, n_rows } => !has_room && n_rows < limit,
             Reading::Waiting { since } => !has_room || now >= since + self.rotate,
             Reading::Idle | Reading::Parked(_) | Reading::Opening | Reading::Closing => false,
         };
@@ -357,7 +373,10 @@ impl Flow {
         };
         if to_the_end {
             self.watermark.arrive_finished(last_seq);
-            self.restored.clear();
+            if !std::mem::take(&mut self.restored).is_empty() {
+                // The stored checkpoint still names them, and would suppress them after the next start.
+                self.beyond.version += 1;
+            }
         }
         self.next = if to_the_end { Next::Wait } else { Next::Page };
         self.failures = 0;
@@ -379,7 +398,9 @@ impl Flow {
     /// Opening or reading failed. Whatever follows begins at the stored checkpoint.
     pub fn on_read_failed(&mut self, fault: ReadFault, now: Instant) {
         self.next = Next::Open;
-        if fault == ReadFault::Changed {
+        if fault == ReadFault::Changed && self.failures == 0 {
+            // At once, but not again and again: 1.x gives an idle database another life whenever it opens its file.
+            self.failures = 1;
             self.reading = Reading::Idle;
             return;
         }
@@ -453,11 +474,11 @@ impl Flow {
 
     /// The checkpoint to store now, if one is due; answered by `on_checkpoint_stored` or `on_checkpoint_failed`.
     pub fn next_checkpoint(&mut self, now: Instant) -> Option<Position> {
-        let mark = self.mark.clone()?;
         // While a feed is being opened the stored one is being read: one of both would be stale.
         if self.reading == Reading::Opening || !self.clock.is_due(now) {
             return None;
         }
+        let mark = self.mark.clone()?;
         let mut delivered: Vec<u64> = self.beyond.shorts().chain(self.restored.iter().copied()).collect();
         delivered.truncate(BEYOND_MAX);
         let through_seq = self.watermark.through_seq().clone();
@@ -467,7 +488,9 @@ impl Flow {
 
     /// When the next checkpoint is due.
     pub fn next_checkpoint_deadline(&self) -> Option<Instant> {
-        if self.clock.writing || self.mark.is_none() { None } else { self.clock.deadline() }
+        // While a feed is being opened none is given either.
+        let none = self.clock.writing || self.mark.is_none() || self.reading == Reading::Opening;
+        if none { None } else { self.clock.deadline() }
     }
 
     /// Stored, under this `_rev`.

@@ -3,12 +3,23 @@
 #![allow(clippy::unwrap_used, reason = "all of it is test")]
 
 mod cli;
+mod bad_input;
+mod configuring;
 mod couch;
+mod docs;
+mod ending;
+mod endpoints;
+mod feeds;
 mod host;
 mod http_client;
+mod kills;
 mod receiver;
+mod secrets;
+mod sharing;
+mod recreation;
 mod standin;
 mod standin_recorded;
+mod world;
 
 mod outside;
 mod tidy;
