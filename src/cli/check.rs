@@ -45,10 +45,10 @@ pub(crate) fn run(arguments: Arguments, out: &mut Out) -> Result<u8> {
         report.say(level, &finding.place, &finding.message)?;
     }
     let webhooks = parsed.config.as_ref().map_or(&[][..], |config| &config.webhooks);
-    if !findings.iter().any(config::finding::Finding::is_error) {
-        let names = webhooks.iter().map(|webhook| format!("`{}`", webhook.name)).collect::<Vec<_>>();
-        let text = format!("{} webhooks: {}", names.len(), names.join(", "));
-        report.say(Level::Ok, "configuration", text.trim_end_matches([':', ' ']))?;
+    if !findings.iter().any(config::finding::Finding::is_error) && !webhooks.is_empty() {
+        let names: Vec<&str> = webhooks.iter().map(|webhook| webhook.name.as_str()).collect();
+        let text = format!("can be used; webhooks: `{}`", names.join("`, `"));
+        report.say(Level::Ok, "configuration", &text)?;
     }
     let hookd = parsed.config.as_ref().map(|config| config.hookd.clone());
     match hookd.or_else(|| hookd_alone(&raw)).or(bootstrap) {
@@ -74,15 +74,17 @@ fn read(from: Source, report: &mut Report<'_>) -> Result<(Raw, Option<Hookd>)> {
     let hookd = where_to_ask(&overrides)?;
     let mut node_config = NodeConfig::new(Server::new(&hookd)?, node);
     let sections = match node_config.read() {
-        Ok(sections) => sections,
+        Ok(sections) => {
+            if let Some(node) = node_config.node() {
+                report.say(Level::Ok, "_config", &format!("node `{node}` gives it"))?;
+            }
+            sections
+        }
         Err(error) => {
             report.say(Level::Error, "_config", &error.to_string())?;
             BTreeMap::new()
         }
     };
-    if let Some(node) = node_config.node() {
-        report.say(Level::Ok, "_config", &format!("asked of node `{node}`"))?;
-    }
     Ok((source::from_sections(&sections, &Origin::CouchConfig, &overrides), Some(hookd)))
 }
 

@@ -254,7 +254,7 @@ mod tests {
         ]);
         let Err(faults) = plan(&line.unwrap().arguments, BTreeMap::new()) else { panic!("expected faults") };
         let places: Vec<&str> = faults.iter().filter_map(|fault| fault.split(':').next()).collect();
-        assert_eq!(places, ["--to", "DATABASE_URL", "--selector", "--secret", "--timout"], "{faults:?}");
+        assert_eq!(places, ["--to", "--timout", "DATABASE_URL", "--selector", "--secret"], "{faults:?}");
         assert!(!faults.join("").contains("canary"), "{faults:?}");
     }
 }

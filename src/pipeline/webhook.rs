@@ -223,7 +223,7 @@ pub fn reach(webhook: &config::Webhook) -> Result<()> {
             // "io: Connection refused (os error 111)": the number is noise.
             let text = error.to_string();
             let text = text.split(" (os error").next().unwrap_or_default();
-            Err(Error::new(Kind::Unreachable, text.strip_prefix("io: ").unwrap_or(text).to_owned()))
+            Err(Error::new(Kind::Unreachable, text.strip_prefix("io: ").unwrap_or(text)))
         }
         Ok(_) => Err(Error::new(Kind::Malformed, "an answer to a request that was never sent")),
     }

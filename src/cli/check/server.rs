@@ -60,7 +60,9 @@ pub(crate) fn check(hookd: &Hookd, webhooks: &[Webhook], report: &mut Report<'_>
         for db in &webhook.db {
             check_database(&server, generation, webhook, db, report)?;
         }
-        check_selector(webhook, report)?;
+        if generation > Generation::One {
+            check_selector(webhook, report)?;
+        }
     }
     Ok(())
 }

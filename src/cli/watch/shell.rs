@@ -16,6 +16,7 @@ use crate::couch::client::{Server, encoded};
 use crate::daemon::public_source;
 use crate::error::{Error, Kind, Result};
 use crate::host::standalone::{Signal, Signals};
+use crate::pipeline::complaints::Complaint;
 use crate::pipeline::dispatcher::{settings, telling};
 use crate::pipeline::webhook::{Answer, Endpoint};
 use crate::pure::dispatch::{Action, Attempt, Dispatch, Fetched, Notice};
@@ -82,6 +83,7 @@ struct Shell<'a> {
     position: Option<Position>,
     /// Whether something was read, so that a fault is no longer the arguments'.
     has_read: bool,
+    complaint: Complaint,
     workers: Workers,
     /// What is in flight.
     in_flight: HashMap<u64, Attempt>,
@@ -103,6 +105,7 @@ impl<'a> Shell<'a> {
             reader,
             position: None,
             has_read: false,
+            complaint: Complaint::default(),
             in_flight: HashMap::new(),
         })
     }
@@ -154,7 +157,12 @@ impl<'a> Shell<'a> {
     fn on_fed(&mut self, fed: Fed) -> Result<()> {
         let now = sys::now();
         match fed {
-            Fed::Opened(opened) => self.dispatch.on_opened(FLOW, opened),
+            Fed::Opened(opened) => {
+                if self.complaint.over() {
+                    log::info!("{}: reading again", self.place());
+                }
+                self.dispatch.on_opened(FLOW, opened);
+            }
             Fed::Rows(rows) => {
                 self.has_read = true;
                 self.dispatch.on_rows(FLOW, rows, now);
@@ -165,7 +173,9 @@ impl<'a> Shell<'a> {
             }
             Fed::Failed(_, error) if !self.has_read => return Err(error.context(self.place())),
             Fed::Failed(fault, error) => {
-                log::warn!("{}: {error}; trying again", self.place());
+                if self.complaint.is_news(error.kind(), now) {
+                    log::warn!("{}: {error}; trying again", self.place());
+                }
                 self.dispatch.on_read_failed(FLOW, fault, now);
             }
         }
