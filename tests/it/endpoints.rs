@@ -335,3 +335,62 @@ fn a_pooled_connection_that_died_is_no_failure() {
     world.wait_for_all("orders");
     assert_eq!(attempts(&world)[3..], [(Some(1), None), (Some(1), None), (Some(2), Some(200))]);
 }
+
+/// Requests that were under way when one was told to come back later, and are taken: they say nothing about later.
+#[test]
+fn retry_after_holds_though_what_was_in_flight_is_taken() {
+    let world = World::start(Flavour::V3, "retry_schedule = 100ms");
+    write(&world.couch, "orders", 50);
+    world.wait_for_all("orders");
+    let told: std::sync::Mutex<Option<Instant>> = std::sync::Mutex::default();
+    world.receiver.answer(move |one| {
+        let mut told = told.lock().unwrap();
+        if told.is_none() && one.concurrency >= 4 {
+            *told = Some(sys::now());
+            let headers = vec![("Retry-After".to_owned(), "2".to_owned())];
+            return Reaction::StatusWith { status: 429, headers, body: String::new() };
+        }
+        Reaction::Delay(Duration::from_millis(50), Box::new(Reaction::Status(200)))
+    });
+    write(&world.couch, "orders", 50);
+    world.wait_for_all("orders");
+    world.receiver.look(|record| {
+        let limited = record.deliveries().iter().find(|one| one.status == Some(429)).expect("one of them");
+        let after = |one: &&Delivery| one.received_at > limited.received_at + Duration::from_millis(60);
+        let next = record.deliveries().iter().find(after).unwrap().received_at - limited.received_at;
+        assert!(
+            next >= Duration::from_secs(2),
+            "the next request came after {next:?}\n{}",
+            record.transcript()
+        );
+    });
+}
+
+#[test]
+fn an_endpoint_that_is_gone_is_said_once() {
+    let world = World::start(Flavour::V3, SHORT);
+    write(&world.couch, "orders", 20);
+    world.wait_for_all("orders");
+    world.receiver.answer(|_| Reaction::Delay(Duration::from_millis(50), Box::new(Reaction::Status(410))));
+    write(&world.couch, "orders", 20);
+    world.daemon.wait_for_log("said 410 twice and is gone");
+    world.wait("answers to all", |record| record.concurrency() == 0);
+    world.receiver.answer(|_| Reaction::Status(200));
+    let mut world = world;
+    assert_eq!(world.daemon.terminate().code, Some(0));
+    assert_eq!(world.daemon.n_logged("said 410 twice and is gone"), 1, "{}", world.transcript());
+}
+
+#[test]
+fn a_suspect_is_replayed_after_a_restart_though_nothing_else_happens() {
+    let couch = couch(Flavour::V3, &["orders"]);
+    write(&couch, "orders", 200);
+    let receiver = receiver();
+    receiver.answer(|one| Reaction::Status(if one.doc_id() == "d7" { 500 } else { 200 }));
+    let mut world = World::start_on(couch, receiver, SHORT);
+    world.daemon.wait_for_log("is a dead letter now (suspect)");
+    assert_eq!(world.daemon.terminate().code, Some(0));
+    world.receiver.answer(|_| Reaction::Status(200));
+    world.daemon.start_again();
+    world.wait("replay", |record| record.accepted_rev("orders", "d7").is_some());
+}
