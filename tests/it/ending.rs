@@ -210,7 +210,8 @@ fn a_parent_that_is_gone_is_the_end_though_stdin_stays_open() {
         .process_group(0)
         .spawn()
         .unwrap();
-    let mut output = parent.stdout.take().unwrap();
+    // Kept: waiting for the parent would close it.
+    let (stdin, mut output) = (parent.stdin.take(), parent.stdout.take().unwrap());
     let mut first = [0; 1];
     output.read_exact(&mut first).unwrap();
     let begun = sys::now();
@@ -227,5 +228,5 @@ fn a_parent_that_is_gone_is_the_end_though_stdin_stays_open() {
     // Looked at every so often, then a second as for any other end.
     assert!(ended_at - begun < Duration::from_millis(2_500), "{:?}", ended_at - begun);
     reader.unwrap().join().unwrap();
-    drop(parent.stdin.take());
+    drop(stdin);
 }

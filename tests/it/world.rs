@@ -25,6 +25,7 @@ use serde_json::{Value, json};
 use crate::host::{Ended, WAIT_MAX};
 
 /// The versions of CouchDB that are stood in for.
+#[allow(dead_code, reason = "a driver offers more than the tests of one day use")]
 pub(crate) const FLAVOURS: [Flavour; 3] = [Flavour::V1, Flavour::V2, Flavour::V3];
 
 /// The database of dead letters and records.
