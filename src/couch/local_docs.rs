@@ -20,6 +20,9 @@ use crate::sys;
 
 /// `_local/` plus this is the mark's id.
 const MARK_ID: &str = "couch-hookd";
+/// 1.x tells of a document before it is on the disk, unless asked. A killed CouchDB that lost a mark, or a first
+/// checkpoint, and kept the record in `state_db` would look like a re-created database: all of it would be told.
+const FULL_COMMIT: (&str, &str) = ("x-couch-full-commit", "true");
 /// A missing mark is believed after so many reads: a lagging copy in a cluster can miss it.
 const N_MARK_READS: u32 = 3;
 /// Time between those reads.
@@ -159,8 +162,8 @@ pub fn ensure_mark(
     settle_mark(server, db, stored, creation_time(generation, &info), false, pause).map(|(mark, _)| mark)
 }
 
-/// Stores a checkpoint over the one whose `_rev` is given, and gives the new `_rev`. Never together with a mark.
-/// On 1.x it is on disk then: for the first one, which says what `now` is. Without it all there is would be told.
+/// Stores a webhook's first checkpoint, or over the one whose `_rev` is given, and gives the new `_rev`. Never together
+/// with a mark. When this returns, it is on the disk.
 ///
 /// # Errors
 /// `Conflict` on 1.x when another one is stored; 2.x and 3.x do not check. Else as [`Server::put_json`].
@@ -172,19 +175,12 @@ pub fn write_checkpoint(
     checkpoint: &Checkpoint,
     rev: Option<&str>,
 ) -> Result<String> {
-    let headers = [FULL_COMMIT];
-    put_checkpoint(
-        server,
-        db,
-        webhook,
-        &checkpoint.to_json(db, webhook, key, rev),
-        &headers,
-        Limits::default(),
-    )
+    let body = checkpoint.to_json(db, webhook, key, rev);
+    put_checkpoint(server, &local_path(db, &checkpoint_id(webhook)), &body, &[FULL_COMMIT], Limits::default())
 }
 
-/// As [`write_checkpoint`], with limits for a hurried end. On 1.x a killed server may forget it with the changes
-/// that it lets pass, which is as it should be.
+/// As [`write_checkpoint`], with limits for a hurried end, and on 1.x on the disk a second later: one that is lost
+/// with a killed CouchDB is lost with all that was written after the one before.
 ///
 /// # Errors
 /// As [`write_checkpoint`].
@@ -197,19 +193,18 @@ pub fn write_checkpoint_within(
     rev: Option<&str>,
     limits: Limits,
 ) -> Result<String> {
-    put_checkpoint(server, db, webhook, &checkpoint.to_json(db, webhook, key, rev), &[], limits)
+    let body = checkpoint.to_json(db, webhook, key, rev);
+    put_checkpoint(server, &local_path(db, &checkpoint_id(webhook)), &body, &[], limits)
 }
 
 fn put_checkpoint(
     server: &Server,
-    db: &str,
-    webhook: &str,
+    path: &str,
     body: &str,
     headers: &[(&str, &str)],
     limits: Limits,
 ) -> Result<String> {
-    let path = local_path(db, &checkpoint_id(webhook));
-    let reply = server.request_within(&Method::PUT, &path, Some(body), headers, limits)?;
+    let reply = server.request_within(&Method::PUT, path, Some(body), headers, limits)?;
     let written: Written = from_json(&reply.body).context(|| format!("PUT {path}"))?;
     Ok(written.rev)
 }
@@ -259,9 +254,8 @@ fn write_mark(server: &Server, db: &str, old: Option<StoredMark>, created: Optio
     if let Some(created) = created {
         document["instance_start_time"] = created.into();
     }
-    // On 1.x a mark that a killed server forgets would come back as another one: a re-creation that never was.
-    match server.request(&Method::PUT, &local_path(db, MARK_ID), Some(&document.to_string()), &[FULL_COMMIT])
-    {
+    let body = document.to_string();
+    match server.request(&Method::PUT, &local_path(db, MARK_ID), Some(&body), &[FULL_COMMIT]) {
         Ok(_) => {}
         // Another daemon was first; its mark is as good.
         Err(error) if error.kind() == Kind::Conflict => {}

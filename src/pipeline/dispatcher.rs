@@ -5,6 +5,7 @@
 //! whatever hangs, and gives back the threads that could not be joined by then.
 
 use std::collections::HashMap;
+use std::ops::ControlFlow;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -21,6 +22,7 @@ use crate::pipeline::complaints::{Complaint, Outage};
 use crate::pipeline::feed_reader::{Fed, Reader};
 use crate::pipeline::store::{Change, Errand, Errant, Store};
 use crate::pipeline::webhook::{Answer, Endpoint};
+use crate::pipeline::workers::Workers;
 use crate::pure::checkpoint::Mark;
 use crate::pure::dispatch::{Action, Attempt, Dispatch, FlowIndex, Notice};
 use crate::pure::endpoint::{self, DownReason, LetterClass, Moment, Outcome, Settings};
@@ -215,16 +217,12 @@ struct Dispatcher<'a> {
     shared: &'a Shared,
     webhook: &'a config::Webhook,
     dispatch: Dispatch,
-    tellings: Arc<Vec<Telling>>,
     marks: Vec<Option<Mark>>,
     lives: Vec<Option<String>>,
     readers: Vec<Reader>,
     store: Store,
     endpoint: Arc<Endpoint>,
-    jobs: Sender<Attempt>,
-    jobs_taken: Receiver<Attempt>,
-    workers: Vec<Thread>,
-    n_workers_made: u64,
+    workers: Workers<Attempt>,
     in_flight: HashMap<u64, (WebhookId, jiff::Timestamp)>,
     failures: HashMap<WebhookId, Failure>,
     complaints: Vec<Complaint>,
@@ -281,7 +279,8 @@ impl<'a> Dispatcher<'a> {
         });
         let readers = readers.collect::<Result<_>>()?;
         let store = Store::start(shared, webhook, tellings.clone(), channels.errants.0.clone())?;
-        let (jobs, jobs_taken) = bounded(webhook.concurrency);
+        let tellings = Arc::new(tellings);
+        let workers = workers(shared, webhook, &endpoint, &tellings, channels.done.0.clone());
         Ok(Dispatcher {
             marks: webhook.db.iter().map(|db| active.record.databases.get(db).copied()).collect(),
             lives: vec![None; n],
@@ -290,14 +289,10 @@ impl<'a> Dispatcher<'a> {
             shared,
             webhook,
             dispatch,
-            tellings: Arc::new(tellings),
             readers,
             store,
             endpoint,
-            jobs,
-            jobs_taken,
-            workers: Vec::new(),
-            n_workers_made: 0,
+            workers,
             in_flight: HashMap::new(),
             failures: HashMap::new(),
             n_letters: active.n_letters,
@@ -560,37 +555,9 @@ impl<'a> Dispatcher<'a> {
 
     fn deliver(&mut self, attempt: Attempt) {
         self.in_flight.insert(attempt.token, (attempt.event.id, sys::wall()));
-        self.workers.retain(|worker| !worker.is_finished());
-        if self.workers.len() < self.in_flight.len()
-            && let Err(error) = self.add_worker()
-        {
+        if let Err(error) = self.workers.give(attempt, self.in_flight.len()) {
             log::error!("webhook `{}`: {error}", self.webhook.name);
         }
-        self.jobs.try_send(attempt).expect("there is room for every delivery that is allowed");
-    }
-
-    fn add_worker(&mut self) -> Result<()> {
-        self.n_workers_made += 1;
-        let name = format!("worker:{}#{}", self.webhook.name, self.n_workers_made);
-        let (jobs, done) = (self.jobs_taken.clone(), self.channels.done.0.clone());
-        let (endpoint, tellings) = (Arc::clone(&self.endpoint), Arc::clone(&self.tellings));
-        let permits = Arc::clone(&self.shared.permits);
-        let worker = sys::spawn(&name, move || {
-            while let Ok(attempt) = jobs.recv_timeout(WORKER_IDLE) {
-                let token = attempt.token;
-                let deliver = AssertUnwindSafe(|| endpoint.deliver(&tellings[attempt.flow], &attempt));
-                // The panic was logged by its hook; the event must not hang for it.
-                let answer = catch_unwind(deliver)
-                    .unwrap_or_else(|_| Answer { outcome: Outcome::Broken, text: "we panicked".to_owned() });
-                drop(attempt);
-                permits.give_back();
-                if done.send(Done { token, answer }).is_err() {
-                    return;
-                }
-            }
-        })?;
-        self.workers.push(worker);
-        Ok(())
     }
 
     fn store_letter(&mut self, attempt: &Attempt, class: LetterClass, _now: Instant) {
@@ -703,10 +670,9 @@ impl<'a> Dispatcher<'a> {
     fn end(self) -> Vec<Thread> {
         self.shared.permits.hold_bytes(self.bytes, 0);
         self.endpoint.shut_down();
-        drop(self.jobs);
         let mut threads: Vec<Thread> = self.readers.into_iter().map(Reader::stop).collect();
         threads.push(self.store.stop());
-        threads.extend(self.workers);
+        threads.extend(self.workers.stop());
         // Whoever is about to send to us finds nobody and ends.
         drop(self.channels);
         let (ended, left): (Vec<Thread>, Vec<Thread>) = threads.into_iter().partition(Thread::is_finished);
@@ -717,6 +683,32 @@ impl<'a> Dispatcher<'a> {
         }
         left
     }
+}
+
+/// Those that make the webhook's deliveries.
+fn workers(
+    shared: &Shared,
+    webhook: &config::Webhook,
+    endpoint: &Arc<Endpoint>,
+    tellings: &Arc<Vec<Telling>>,
+    done: Sender<Done>,
+) -> Workers<Attempt> {
+    let (endpoint, tellings) = (Arc::clone(endpoint), Arc::clone(tellings));
+    let permits = Arc::clone(&shared.permits);
+    let name = format!("worker:{}", webhook.name);
+    Workers::new(name, webhook.concurrency, WORKER_IDLE, move |attempt: Attempt| {
+        let token = attempt.token;
+        let deliver = AssertUnwindSafe(|| endpoint.deliver(&tellings[attempt.flow], &attempt));
+        // The panic was logged by its hook; the event must not hang for it.
+        let answer = catch_unwind(deliver)
+            .unwrap_or_else(|_| Answer { outcome: Outcome::Broken, text: "we panicked".to_owned() });
+        drop(attempt);
+        permits.give_back();
+        match done.send(Done { token, answer }) {
+            Ok(()) => ControlFlow::Continue(()),
+            Err(_) => ControlFlow::Break(()),
+        }
+    })
 }
 
 /// When the daemon's own end of the orders is gone.

@@ -7,6 +7,7 @@
 
 use std::collections::HashMap;
 use std::ops::ControlFlow;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -160,7 +161,7 @@ impl State {
             if self.stopping.load(Ordering::SeqCst) {
                 return;
             }
-            let fed = match read {
+            let reading = AssertUnwindSafe(|| match read {
                 Read::Open => self.open(known_mark.as_ref()),
                 Read::Page { since, limit } => {
                     let limit = u32::try_from(limit).unwrap_or(u32::MAX);
@@ -170,7 +171,9 @@ impl State {
                     let timeout = self.shared.hookd.feed_timeout;
                     self.read(since, FeedKind::Continuous { timeout })
                 }
-            };
+            });
+            // The panic was logged by its hook; a flow that gets no answer would read nothing for ever.
+            let fed = catch_unwind(reading).unwrap_or_else(|_| Err(Error::new(Kind::Io, "we panicked")));
             let fed = fed.unwrap_or_else(|error| Fed::Failed(self.flow, fault_of(&error), Some(error)));
             if self.to.send(fed).is_err() {
                 return;
@@ -227,14 +230,23 @@ impl State {
 
     /// One request for rows, after a look whether the database is still the one that was opened.
     fn read(&mut self, since: Seq, kind: FeedKind) -> Result<Fed> {
+        let filtered = self.filter.is_some();
+        let is_page = matches!(kind, FeedKind::Page { .. });
+        // Before the look: another webhook's page may take half an hour, and the database be another one by then.
+        let pages = Arc::clone(&self.shared.filtered_pages);
+        let _turn = match filtered && is_page {
+            true => match pages.turn(&self.telling.db, &self.stopping) {
+                Some(turn) => Some(turn),
+                None => return Ok(self.end(None, None, true)),
+            },
+            false => None,
+        };
         let known = self.opened.as_ref().expect("a feed is opened before it is read");
         let (db, life) = (&self.telling.db, known.life.as_deref());
         if !local_docs::is_same(&self.shared.server, db, &known.mark, life)? {
             return Ok(Fed::Failed(self.flow, ReadFault::Changed, None));
         }
         let mark = known.mark.to_string();
-        let filtered = self.filter.is_some();
-        let is_page = matches!(kind, FeedKind::Page { .. });
         let request = FeedRequest {
             db: db.clone(),
             since,
@@ -245,14 +257,6 @@ impl State {
             doc_bytes_max: self.telling.payload_bytes_max + ROW_MARGIN,
             silence: (!filtered).then_some(self.shared.hookd.feed_timeout + SILENCE_MARGIN),
             deadline: (filtered && is_page).then(|| FILTERED_DEADLINE * 2_u32.pow(self.misses.min(6))),
-        };
-        let pages = Arc::clone(&self.shared.filtered_pages);
-        let _turn = match filtered && is_page {
-            true => match pages.turn(db, &self.stopping) {
-                Some(turn) => Some(turn),
-                None => return Ok(self.end(None, None, true)),
-            },
-            false => None,
         };
         let (flow, to, telling) = (self.flow, &self.to, &self.telling);
         let mut end = (None, None);
@@ -295,6 +299,7 @@ impl State {
 /// What a failed reading means to the flow.
 fn fault_of(error: &Error) -> ReadFault {
     match error.kind() {
+        Kind::BadSince => ReadFault::BadPosition,
         Kind::BadRequest | Kind::Server | Kind::Malformed => ReadFault::Refused,
         _ => ReadFault::Lost,
     }

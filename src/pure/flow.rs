@@ -40,10 +40,10 @@ const REOPEN_AFTER: [Duration; 5] = [
     Duration::from_secs(2),
     Duration::from_secs(5),
 ];
-/// Wait after the same fault at the same position, [`SAME_FAULTS`] times.
-const REOPEN_FAULTY: Duration = Duration::from_secs(300);
-/// So often the same fault at the same position is tried at the usual pace.
-const SAME_FAULTS: u32 = 3;
+/// Waits after the same fault at the same position; the last repeats. A server that is being started may answer
+/// 500 for some seconds: that must not cost five minutes.
+const REFUSED_AFTER: [Duration; 3] =
+    [Duration::from_secs(1), Duration::from_secs(10), Duration::from_secs(300)];
 /// A first page that has more than this ahead, and half of the database, means that the feed was rewound.
 const REWOUND_CHANGES: u64 = 10_000;
 
@@ -86,6 +86,8 @@ pub enum Read {
 pub enum ReadFault {
     /// The database bears another mark, or its server was restarted (1.x): open anew, at once.
     Changed,
+    /// CouchDB does not know the position: read from the beginning, what was told is recognised.
+    BadPosition,
     /// CouchDB refuses this request: missing filter, filter that throws, rows that cannot be read.
     Refused,
     /// Everything else: connection, timeout, login, no database.
@@ -156,6 +158,8 @@ pub struct Flow {
     doc_count: u64,
     failures: u32,
     same_fault: (Option<Seq>, u32),
+    /// The stored position is not of this server.
+    position_unknown: bool,
     mark: Option<String>,
     watermark: Watermark,
     lanes: Lanes,
@@ -180,6 +184,7 @@ impl Flow {
             doc_count: 0,
             failures: 0,
             same_fault: (None, 0),
+            position_unknown: false,
             mark: None,
             watermark: Watermark::new(Seq::zero(), 0),
             lanes: Lanes::new(strict),
@@ -308,7 +313,10 @@ impl Flow {
         }
         let checkpoint = opened.checkpoint.filter(|_| !opened.recreated);
         self.clock.opened(opened.rev, checkpoint.as_ref().map(|(through_seq, _)| through_seq));
-        let (through_seq, delivered) = checkpoint.unwrap_or_else(|| (Seq::zero(), Vec::new()));
+        let (mut through_seq, delivered) = checkpoint.unwrap_or_else(|| (Seq::zero(), Vec::new()));
+        if std::mem::take(&mut self.position_unknown) {
+            through_seq = Seq::zero();
+        }
         self.mark = Some(opened.mark);
         self.watermark = Watermark::new(through_seq, self.watermark.next_ordinal());
         self.beyond = Beyond::default();
@@ -404,17 +412,20 @@ impl Flow {
             self.reading = Reading::Idle;
             return;
         }
-        let at = self.watermark.read_seq().clone();
-        if fault == ReadFault::Refused && self.same_fault.0.as_ref() == Some(&at) {
-            self.same_fault.1 += 1;
-        } else if fault == ReadFault::Refused {
-            self.same_fault = (Some(at), 1);
-        }
         self.failures += 1;
-        let pause = if fault == ReadFault::Refused && self.same_fault.1 >= SAME_FAULTS {
-            REOPEN_FAULTY
-        } else {
-            REOPEN_AFTER[(self.failures as usize - 1).min(REOPEN_AFTER.len() - 1)]
+        let step = |steps: &[Duration], n: u32| steps[(n as usize - 1).min(steps.len() - 1)];
+        let pause = match fault {
+            ReadFault::Refused => {
+                let at = self.watermark.read_seq().clone();
+                let n = if self.same_fault.0.as_ref() == Some(&at) { self.same_fault.1 } else { 0 };
+                self.same_fault = (Some(at), n + 1);
+                step(&REFUSED_AFTER, n + 1)
+            }
+            ReadFault::BadPosition => {
+                self.position_unknown = true;
+                step(&REOPEN_AFTER, self.failures)
+            }
+            ReadFault::Changed | ReadFault::Lost => step(&REOPEN_AFTER, self.failures),
         };
         self.reading = Reading::Parked(now + pause);
     }

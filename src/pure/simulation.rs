@@ -518,7 +518,8 @@ impl World {
             return;
         }
         if !self.calm && self.rng.u8(..12) == 0 {
-            let fault = if self.rng.u8(..4) == 0 { ReadFault::Refused } else { ReadFault::Lost };
+            let faults = [ReadFault::Refused, ReadFault::BadPosition, ReadFault::Lost, ReadFault::Lost];
+            let fault = *self.rng.choice(&faults).unwrap();
             self.dispatch.on_read_failed(flow, fault, self.now);
             return;
         }
