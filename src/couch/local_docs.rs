@@ -20,9 +20,6 @@ use crate::sys;
 
 /// `_local/` plus this is the mark's id.
 const MARK_ID: &str = "couch-hookd";
-/// 1.x tells of a document before it is on the disk, unless asked. A killed CouchDB that lost a mark, or a first
-/// checkpoint, and kept the record in `state_db` would look like a re-created database: all of it would be told.
-const FULL_COMMIT: (&str, &str) = ("x-couch-full-commit", "true");
 /// A missing mark is believed after so many reads: a lagging copy in a cluster can miss it.
 const N_MARK_READS: u32 = 3;
 /// Time between those reads.
