@@ -455,7 +455,8 @@ impl Dispatch {
             Replay::Resting if !self.halted => Some(suspect.replay_at),
             Replay::Resting | Replay::Fetching | Replay::Ready(_) | Replay::Sent(_) => None,
         });
-        let probes = may_deliver && self.flows.iter().any(Flow::can_probe);
+        let ready = self.suspects.iter().any(|suspect| matches!(suspect.state, Replay::Ready(_)));
+        let probes = may_deliver && (ready || self.flows.iter().any(Flow::can_probe));
         let probe = if probes { self.endpoint.next_deadline() } else { None };
         flows.chain(suspects).chain([probe]).flatten().min()
     }
@@ -567,8 +568,7 @@ impl Dispatch {
                     self.drop_suspect(at);
                     continue;
                 }
-                // Only beside deliveries that succeed; a probe is for what is not dead yet.
-                Replay::Ready(_) if self.endpoint.may_start(now) == Start::Go && permit() => {
+                Replay::Ready(_) if self.may_replay(now) && permit() => {
                     let token = self.token();
                     let state = std::mem::replace(&mut self.suspects[at].state, Replay::Sent(token));
                     let Replay::Ready(event) = state else { unreachable!("matched above") };
@@ -585,13 +585,23 @@ impl Dispatch {
         }
     }
 
+    /// Beside deliveries that succeed; as a probe only when there is nothing else to probe with: that is for what
+    /// is not dead yet.
+    fn may_replay(&self, now: Instant) -> bool {
+        match self.endpoint.may_start(now) {
+            Start::Go => true,
+            Start::Probe => self.n_pending() == 0,
+            Start::No => false,
+        }
+    }
+
     fn on_replayed(&mut self, flow: FlowIndex, token: u64, outcome: Outcome, at: Moment) {
         let now = at.now;
         let sent = |suspect: &Suspect| matches!(suspect.state, Replay::Sent(t) if t == token);
         let place = self.suspects.iter().position(sent);
         // Taken or not, its letter is stored: a row that joined it is finished.
         self.flows[flow].on_finished(token, now);
-        if self.endpoint.on_replay_outcome(outcome, at) {
+        if self.endpoint.on_replay_outcome(token, outcome, at) {
             if let Some(place) = place {
                 self.outbox.push(Action::DeleteLetter(self.suspects[place].letter.id));
                 self.drop_suspect(place);
