@@ -2,8 +2,8 @@
 
 #![allow(clippy::unwrap_used, reason = "all of it is test")]
 
-mod cli;
 mod bad_input;
+mod cli;
 mod configuring;
 mod couch;
 mod docs;
