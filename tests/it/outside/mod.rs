@@ -2,8 +2,8 @@
 
 pub(crate) mod beam;
 pub(crate) mod beam_kills;
-pub(crate) mod couchdb_kills;
 pub(crate) mod couchdb;
+pub(crate) mod couchdb_kills;
 pub(crate) mod pouchdb;
 pub(crate) mod pouchdb_daemon;
 
