@@ -575,7 +575,7 @@ mod tests {
         let line = "{\"seq\":1,\"id\":\"a\",\"changes\":[]}\n";
         check_fault(&open_ended("0"), cut(line, false), (&["a"], Kind::Cut, "disconnected"));
         let nothing = |_: &Seen, _: &mut TcpStream| {};
-        check_fault(&page("0", 5), nothing, (&[], Kind::Cut, "disconnected"));
+        check_fault(&page("0", 5), nothing, (&[], Kind::Unreachable, "disconnected"));
         let html = |_: &Seen, stream: &mut TcpStream| send(stream, 200, "<html>hello");
         check_fault(&page("0", 5), html, (&[], Kind::Malformed, "got `<html>hello`"));
     }

@@ -11,6 +11,7 @@ use couch_hookd::pure::changes::Item;
 use couch_hookd::pure::flow::{Flow, Opened, Read};
 use couch_hookd::pure::message::Telling;
 use couch_hookd::standin::couch::{Flavour, StandIn};
+use couch_hookd::standin::quirks::{Fault, FaultKind};
 use couch_hookd::standin::receiver::Receiver;
 use couch_hookd::sys;
 use serde_json::{Value, json};
@@ -205,6 +206,24 @@ fn pages_of_seven_lose_nothing_behind_their_last_seq() {
         for filter in filters {
             assert_eq!(read_by_sevens(&couch, filter.clone()), mine, "{flavour:?} {filter:?}");
         }
+    }
+}
+
+#[test]
+fn a_feed_whose_connection_fails_is_not_asked_for_again_before_its_database_is_looked_at() {
+    for flavour in FLAVOURS {
+        let couch = couch(flavour, &["orders"]);
+        couch.quirks(|quirks| {
+            let request = "feed=continuous".to_owned();
+            quirks.faults.push(Fault { request, times: 1, kind: FaultKind::Cut });
+        });
+        let world = World::start_on(couch, receiver(), "");
+        world.wait_couch("waiting feed", |seen| seen.n_open_feeds() == 1);
+        let order = world.couch.look(|seen| {
+            let names = seen.requests().filter(|one| one.path.starts_with("/orders"));
+            names.map(|one| one.query.iter().any(|(_, value)| value == "continuous")).collect::<Vec<_>>()
+        });
+        assert!(!order.windows(2).any(|pair| pair == [true, true]), "{}", world.transcript());
     }
 }
 

@@ -343,28 +343,36 @@ fn a_couchdb_1_that_went_back_is_read_again() {
 
 #[test]
 fn a_checkpoint_that_waited_while_couchdb_1_was_started_again_is_not_stored() {
-    // One thread stores for all: while it hangs with `first`, what `orders` has to store waits.
-    let lines = "db = first, orders";
-    let world = World::start_on(couch(Flavour::V1, &["first", "orders"]), receiver(), lines);
+    // One thread stores for all, ten at once and then ten a second: behind one that hangs, and others, what `orders`
+    // has to store is tried when the server is back.
+    let others: Vec<String> = (0..14).map(|i| format!("other{i}")).collect();
+    let mut dbs: Vec<&str> = others.iter().map(String::as_str).collect();
+    dbs.push("orders");
+    let (couch, receiver) = (couch(Flavour::V1, &dbs), receiver());
+    let ini = dbs.iter().fold(Ini::new(&couch.url()), |ini, db| ini.webhook(db, &receiver.url(), ""));
+    let world = World { daemon: Daemon::start(&ini), couch, receiver };
     write(&world.couch, "orders", 10);
     world.wait_for_all("orders");
     wait_for_checkpoint(&world, "orders");
     assert_eq!(ask(&world.couch.url(), "POST", "/orders/_ensure_full_commit", "").status, 201);
-    let request = "PUT /first/_local/couch-hookd.orders".to_owned();
+    world.wait_couch("waiting feeds", |seen| seen.n_open_feeds() == dbs.len());
+    let request = "PUT /other0/_local/couch-hookd.other0".to_owned();
     let before = world.couch.n_requests(&request);
     world.couch.quirks(|quirks| {
         quirks.faults.push(Fault { request: request.clone(), times: 1, kind: FaultKind::Hang });
     });
-    world.couch.put("first", "d", &json!({})).unwrap();
+    world.couch.put("other0", "d", &json!({})).unwrap();
     world.wait_couch("a hanging checkpoint", |seen| seen.n_requests(&request) > before);
+    for db in &others {
+        world.couch.put(db, "e", &json!({})).unwrap();
+    }
     for i in 0..5 {
         world.couch.put("orders", &format!("e{i}"), &json!({})).unwrap();
     }
-    world.wait_for_all("orders");
-    // Longer than an idle subscription waits before it stores; nothing shows that it waits.
+    dbs.iter().for_each(|db| world.wait_for_all(db));
+    // Longer than a quiet subscription waits before it stores; nothing shows that it waits.
     let _ = crossbeam_channel::after(Duration::from_millis(1_200)).recv();
     crash(&world, 5);
     world.couch.start_again().unwrap();
-    world.wait_for_all("orders");
-    world.wait_for_all("first");
+    dbs.iter().for_each(|db| world.wait_for_all(db));
 }
