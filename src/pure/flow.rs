@@ -674,3 +674,6 @@ impl CheckpointClock {
         self.due = Some(now + self.interval_max.min(Duration::from_secs(1)));
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -350,6 +350,32 @@ fn gone_is_believed_when_two_events_hear_it_or_one_hears_it_again_after_a_minute
 }
 
 #[test]
+fn one_event_that_hears_gone_while_others_are_taken_is_suspect() {
+    let mut rig = Rig::up(8);
+    for _ in 0..3 {
+        assert!(!rig.endpoint.is_suspect(&rig.trials.get("bad").copied().unwrap_or_default(), false));
+        rig.get("bad", GONE);
+        rig.get("good", OK);
+        rig.pass(seconds(300));
+    }
+    assert!(!rig.endpoint.is_gone());
+    assert!(rig.endpoint.is_suspect(&rig.trials["bad"], false), "it would hold the position for ever");
+}
+
+#[test]
+fn an_outage_starts_the_day_after_which_an_event_is_given_up_anew() {
+    let mut rig = Rig::up(1);
+    rig.get_alone("next", ERROR);
+    for _ in 0..1_000 {
+        rig.pass(seconds(300));
+        rig.get_alone("next", Outcome::Unreachable);
+    }
+    // It is being started, and says so.
+    let verdict = rig.get_alone("next", ERROR);
+    assert!(!matches!(verdict, Verdict::DeadLetter(_)), "{verdict:?}");
+}
+
+#[test]
 fn in_strict_order_an_event_is_given_up_only_after_a_day_of_answers() {
     let mut rig = Rig::up(1);
     let began = rig.now;
