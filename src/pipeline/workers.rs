@@ -56,7 +56,8 @@ impl<J: Send + 'static> Workers<J> {
     /// # Errors
     /// `Io` when no thread can be started; the job waits for one that is at work.
     pub fn give(&mut self, job: J, n_jobs: usize) -> Result<()> {
-        self.jobs.try_send(job).ok().expect("there is room for every delivery that is allowed");
+        let room = self.jobs.try_send(job).is_ok();
+        assert!(room, "there is room for every delivery that is allowed");
         fence(Ordering::SeqCst);
         if self.alive.load(Ordering::SeqCst) >= n_jobs {
             return Ok(());
@@ -106,7 +107,7 @@ mod tests {
     #[test]
     fn a_job_that_comes_as_the_last_worker_ends_is_done() {
         let (to, done) = bounded(1);
-        let idle_max = Duration::from_micros(200);
+        let idle_max = Duration::from_micros(100);
         let mut workers = Workers::new("worker:test".to_owned(), 1, idle_max, move |job: u32| {
             to.send(job).unwrap();
             ControlFlow::Continue(())
@@ -114,7 +115,8 @@ mod tests {
         for job in 0..4_000 {
             workers.give(job, 1).unwrap();
             assert_eq!(done.recv_timeout(Duration::from_secs(5)), Ok(job));
-            sys::sleep(Duration::from_micros(u64::from(job % 40) * 5));
+            // From well below the idle time to well above it.
+            sys::sleep(Duration::from_micros(u64::from(job % 40) * 10));
         }
         assert!(workers.n_made > 1, "none ever ended");
         for thread in workers.stop() {

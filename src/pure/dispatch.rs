@@ -337,6 +337,7 @@ impl Dispatch {
         permit: &mut dyn FnMut() -> bool,
         actions: &mut Vec<Action>,
     ) {
+        self.endpoint.on_time(now);
         actions.append(&mut self.outbox);
         // Before an endpoint that recovered releases what is held back: it may be what made it look bad.
         self.judge_held(Moment { now, jitter });

@@ -303,6 +303,11 @@ impl Endpoint {
         std::mem::take(&mut self.notices)
     }
 
+    /// Time passed: what `Retry-After` asked for may be over.
+    pub fn on_time(&mut self, now: Instant) {
+        self.hold_until = self.hold_until.filter(|until| now < *until);
+    }
+
     /// Whether a delivery may start at `now`.
     pub fn may_start(&self, now: Instant) -> Start {
         if self.hold_until.is_some_and(|until| now < until) {
@@ -319,7 +324,7 @@ impl Endpoint {
     pub fn next_deadline(&self) -> Option<Instant> {
         match self.state {
             State::Up { .. } => self.hold_until,
-            State::Down { probe_at, probing: None, .. } => Some(probe_at),
+            State::Down { probe_at, probing: None, .. } => Some(probe_at).max(self.hold_until),
             State::Down { .. } | State::Gone => None,
         }
     }
@@ -328,8 +333,6 @@ impl Endpoint {
     pub fn on_start(&mut self, token: u64, trial: &mut Trial) {
         trial.attempts += 1;
         self.in_flight += 1;
-        // Whoever starts was allowed to: the time is over.
-        self.hold_until = None;
         if let State::Down { probing, .. } = &mut self.state {
             *probing = Some(token);
         }
