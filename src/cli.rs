@@ -1,24 +1,31 @@
 //! The commands: what each takes, and the few calls that it is made of.
+//!
+//! Guarantees one line for whatever goes wrong, without secrets, and the exit status of DESIGN §3: 0 fine, 1 found
+//! a fault, 2 used wrongly. Each command has a file; only `out` writes to stdout (the daemon's modes never do).
 
-use std::path::PathBuf;
-use std::time::Duration;
+mod check;
+mod demo;
+mod out;
+mod receive;
+mod run;
+mod secret;
+mod signature;
+mod watch;
 
+use clap::error::ErrorKind;
 use clap::{Parser, Subcommand};
-use log::LevelFilter;
 
-use crate::config::source::{Overrides, Sources};
-use crate::daemon::{self, Start};
-use crate::demo;
-use crate::error::{Error, Kind, Result};
-use crate::host::{Mode, stdio};
-use crate::log::{Sink, install};
-
-/// How short and how long a demo may be.
-const DEMO_LASTS: (Duration, Duration) = (Duration::from_secs(2), Duration::from_secs(3600));
+use crate::cli::out::{Out, complain};
+use crate::error::{Kind, Result};
+use crate::host::Mode;
 
 /// Turns what happens inside CouchDB into signed webhooks, losing nothing.
 #[derive(Debug, Parser)]
-#[command(name = "couch-hookd", version, arg_required_else_help = true)]
+#[command(name = "couch-hookd", version, arg_required_else_help = true, max_term_width = 100)]
+#[command(after_help = "Examples:\n  \
+    couch-hookd watch http://admin:secret@127.0.0.1:5984/orders\n  \
+    couch-hookd check --config /etc/couch-hookd/hookd.ini\n  \
+    couch-hookd run --config /etc/couch-hookd/hookd.ini")]
 struct Arguments {
     #[command(subcommand)]
     command: Command,
@@ -26,60 +33,131 @@ struct Arguments {
 
 #[derive(Debug, Subcommand)]
 enum Command {
-    /// Runs under CouchDB 1.1 to 2.2, which starts it from [os_daemons]
+    /// Run by itself, under systemd or in a container
+    Run(run::Arguments),
+    /// Run under CouchDB 1.1 to 2.2, which starts it from [os_daemons]
+    #[command(after_help = "Example, in CouchDB's local.ini:\n  \
+        [os_daemons]\n  \
+        couch_hookd = /usr/bin/couch-hookd os-daemon")]
     OsDaemon,
-    /// Runs by itself, under systemd or in a container
-    Run {
-        /// Ini file, or a directory whose *.ini are read sorted; later ones count
-        #[arg(long, value_name = "FILE|DIR")]
-        config: Vec<PathBuf>,
-        /// One value over everything else
-        #[arg(long, value_name = "SECTION.KEY=VALUE")]
-        set: Vec<String>,
-    },
-    /// Shows the whole on a machine with nothing installed, with a kill -9 in the middle
-    Demo {
-        /// How long documents are written; a number of seconds with `s`, of minutes with `m`
-        #[arg(long = "for", value_name = "DURATION", default_value = "15s")]
-        lasts: String,
-        /// One JSON line per request received
-        #[arg(long)]
-        json: bool,
-    },
+    /// Follow one database, to try it; writes nothing to CouchDB
+    Watch(watch::Arguments),
+    /// Find everything that is wrong: configuration, server, rights, endpoints
+    Check(check::Arguments),
+    /// Show the whole on a machine with nothing installed, with a kill -9 in the middle
+    Demo(demo::Arguments),
+    /// Receive webhooks, verify and print them
+    Receive(receive::Arguments),
+    /// Sign a payload, or say why a signature does not match
+    Signature(signature::Arguments),
+    /// Print a new signing secret
+    #[command(after_help = "Example:\n  (umask 077; couch-hookd secret > /etc/couch-hookd/orders.secret)")]
+    Secret,
 }
 
 /// Runs the program; gives the exit status: 0 fine, 1 found a fault, 2 used wrongly.
 pub fn main() -> u8 {
-    let result = match Mode::of_bare_start() {
-        Some(_) if std::env::args_os().len() == 1 => os_daemon(),
-        _ => match Arguments::parse().command {
-            Command::OsDaemon => os_daemon(),
-            Command::Demo { lasts, json } => demo(&lasts, json),
-            Command::Run { config, set } => run(Sources { config, overrides: Overrides::of_process(set) }),
-        },
+    if std::env::args_os().len() == 1 && Mode::of_bare_start().is_some() {
+        return settle(run::os_daemon());
+    }
+    let arguments = match Arguments::try_parse() {
+        Ok(arguments) => arguments,
+        Err(error) => return refuse(&error),
     };
-    result.unwrap_or_else(|error| {
-        log::error!("{error}");
-        2
+    let out = &mut Out::new();
+    settle(match arguments.command {
+        Command::Run(arguments) => run::run(arguments),
+        Command::OsDaemon => run::os_daemon(),
+        Command::Watch(arguments) => watch::run(arguments, out),
+        Command::Check(arguments) => check::run(arguments, out),
+        Command::Demo(arguments) => demo::run(&arguments, out),
+        Command::Receive(arguments) => receive::run(arguments, out),
+        Command::Signature(arguments) => signature::run(arguments, out),
+        Command::Secret => secret::run(out),
     })
 }
 
-fn os_daemon() -> Result<u8> {
-    let stdio = stdio::start()?;
-    install(Sink::Host(stdio.log()), LevelFilter::Info)?;
-    daemon::run(Start::Host(stdio, Overrides::of_process(Vec::new())))
+/// The exit status of what a command came to; says what went wrong.
+fn settle(result: Result<u8>) -> u8 {
+    match result {
+        Ok(status) => status,
+        // Whoever read the output has had enough.
+        Err(error) if error.kind() == Kind::Stopped => 0,
+        Err(error) => {
+            complain(&error.to_string());
+            if error.kind() == Kind::Config { 2 } else { 1 }
+        }
+    }
 }
 
-fn run(sources: Sources) -> Result<u8> {
-    install(Sink::Stderr, LevelFilter::Info)?;
-    daemon::run(Start::Files(sources))
+/// Help where it was asked for or nothing was given; else one line about what was wrong.
+fn refuse(error: &clap::Error) -> u8 {
+    match error.kind() {
+        ErrorKind::DisplayHelp
+        | ErrorKind::DisplayVersion
+        | ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand => {
+            // A reader who went away has had enough.
+            let _ = error.print();
+        }
+        _ => complain(&one_line_of(&error.render().to_string())),
+    }
+    u8::try_from(error.exit_code()).unwrap_or(2)
 }
 
-fn demo(lasts: &str, json: bool) -> Result<u8> {
-    let usage = |found: String| Error::new(Kind::Config, found).context("--for");
-    let lasts = crate::config::values::duration(lasts, DEMO_LASTS.0, DEMO_LASTS.1).map_err(usage)?;
-    let failed = |error| Error::new(Kind::Io, format!("our own binary cannot be found: {error}"));
-    let options = demo::Options { lasts, json, program: std::env::current_exe().map_err(failed)? };
-    let (_go_on, stop) = crossbeam_channel::bounded(1);
-    demo::run(&options, &mut std::io::stdout().lock(), &stop)
+/// What clap says in paragraphs, without what may be secret and without the usage: `--help` has it.
+fn one_line_of(rendered: &str) -> String {
+    let said = rendered.split("\nUsage:").next().unwrap_or_default();
+    let said = said.split("\nFor more information").next().unwrap_or_default();
+    let lines = said.lines().map(str::trim).filter(|line| !line.is_empty());
+    let words = lines.collect::<Vec<_>>().join(" ").replace(" tip: ", "; ");
+    let words = words.strip_prefix("error: ").unwrap_or(&words).split(' ');
+    let words = words.map(|word| if may_be_secret(word) { "***" } else { word });
+    format!("{}; see --help", words.collect::<Vec<_>>().join(" "))
+}
+
+fn may_be_secret(word: &str) -> bool {
+    word.contains("whsec_") || word.contains('@') || word.contains("://")
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    use super::*;
+
+    #[track_caller]
+    fn check(arguments: &str, expected: &str) {
+        let error = Arguments::try_parse_from(arguments.split(' ')).unwrap_err();
+        assert_eq!(one_line_of(&error.render().to_string()), expected, "{arguments}");
+    }
+
+    #[test]
+    fn mistakes_are_said_in_one_line_without_secrets() {
+        check("couch-hookd nonsense", "unrecognized subcommand 'nonsense'; see --help");
+        check(
+            "couch-hookd chek",
+            "unrecognized subcommand 'chek'; a similar subcommand exists: 'check'; see --help",
+        );
+        check("couch-hookd secret whsec_canary", "unexpected argument *** found; see --help");
+        check(
+            "couch-hookd watch",
+            "the following required arguments were not provided: <DATABASE_URL>; see --help",
+        );
+    }
+
+    #[test]
+    fn every_help_has_an_example_and_fits_the_definition() {
+        fn look(command: &clap::Command) {
+            let name = command.get_name();
+            if name == "help" {
+                return;
+            }
+            let help = command.get_after_help().map(ToString::to_string).unwrap_or_default();
+            assert!(help.starts_with("Example"), "`{name}` has no example: {help}");
+            command.get_subcommands().for_each(look);
+        }
+        let command = Arguments::command();
+        command.clone().debug_assert();
+        look(&command);
+    }
 }

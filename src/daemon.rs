@@ -4,6 +4,8 @@
 //! within a second after CouchDB is; a configuration that cannot be used leaves the last good one in force; only
 //! webhooks that changed are stopped and started; a webhook never runs twice at the same time.
 
+pub mod couch_config;
+
 use std::collections::{BTreeMap, HashSet};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -467,7 +469,7 @@ fn connect(server: &Server, state_db: &str, outage: &Outage, to: &Sender<Facts>)
 }
 
 /// `source` of every event, up to the database's name.
-fn public_source(hookd: &Hookd, base_url: &str, uuid: Option<&str>) -> String {
+pub(crate) fn public_source(hookd: &Hookd, base_url: &str, uuid: Option<&str>) -> String {
     let loopback = Url::parse(base_url).is_ok_and(|url| url.is_loopback());
     match (&hookd.public_url, uuid) {
         (Some(url), _) => url.clone(),

@@ -10,6 +10,8 @@ use std::fmt;
 pub enum Kind {
     /// No connection: refused, reset, no route, DNS, TLS.
     Unreachable,
+    /// The connection was lost within an answer.
+    Cut,
     /// A deadline or an idle limit passed.
     Timeout,
     /// 401: no login, or a wrong one.

@@ -8,6 +8,7 @@ pub mod demo;
 pub mod error;
 pub mod host;
 pub mod log;
+pub mod names;
 pub mod pipeline;
 pub mod pure;
 pub mod standin;

@@ -25,6 +25,11 @@ pub fn sleep(duration: Duration) {
     std::thread::sleep(duration);
 }
 
+/// Lets other threads that could run do so first, if there are any.
+pub fn yield_now() {
+    std::thread::yield_now();
+}
+
 /// A number in `0.0..1.0` to spread retries with; not for secrets.
 pub fn jitter() -> f64 {
     fastrand::f64()

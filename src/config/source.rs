@@ -19,6 +19,9 @@ use crate::pure::url::Url;
 /// Where `run` looks without `--config`.
 pub const DEFAULT_PATH: &str = "/etc/couch-hookd/hookd.ini";
 
+/// Where files that CouchDB's configuration names may lie, beside $CREDENTIALS_DIRECTORY.
+const OWN_DIRECTORY: &str = "/etc/couch-hookd";
+
 /// No ini file is longer; a larger one was named by mistake.
 const INI_BYTES_MAX: u64 = 4 << 20;
 
@@ -429,6 +432,9 @@ fn is_secret(section: &str, key: &str) -> bool {
 
 fn whole_path(value: &Value, credentials: Option<&Path>) -> Result<PathBuf, String> {
     let path = Path::new(value.text.expose().trim());
+    if value.origin == Origin::CouchConfig {
+        return path_of_couchdb(path, credentials);
+    }
     if path.is_absolute() {
         return Ok(path.to_owned());
     }
@@ -440,6 +446,26 @@ fn whole_path(value: &Value, credentials: Option<&Path>) -> Result<PathBuf, Stri
             let path = values::shown(&path.to_string_lossy());
             Err(format!("expected an absolute path, or one in $CREDENTIALS_DIRECTORY, got `{path}`"))
         }
+    }
+}
+
+/// A path that stands in `_config`. Whoever may write there must not read our files through us.
+fn path_of_couchdb(path: &Path, credentials: Option<&Path>) -> Result<PathBuf, String> {
+    let allowed = [credentials, Some(Path::new(OWN_DIRECTORY))];
+    // Neither `..` nor a link leads out. A relative path is one in the first of them.
+    let whole = credentials.unwrap_or(Path::new(OWN_DIRECTORY)).join(path).canonicalize().ok();
+    let within = |directory: &Path| {
+        directory
+            .canonicalize()
+            .is_ok_and(|directory| whole.as_ref().is_some_and(|whole| whole.starts_with(directory)))
+    };
+    match whole.as_ref().filter(|_| allowed.into_iter().flatten().any(within)) {
+        Some(whole) => Ok(whole.clone()),
+        None => Err(format!(
+            "expected a file below $CREDENTIALS_DIRECTORY or `{OWN_DIRECTORY}`, which is all that CouchDB's \
+             configuration may name with --from-couchdb, got `{}`",
+            values::shown(&path.to_string_lossy())
+        )),
     }
 }
 

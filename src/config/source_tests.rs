@@ -391,7 +391,7 @@ fn sections_come_from_couchdb() {
     let raw = from_sections(&sections, &Origin::CouchConfig, &Overrides::default());
     expect![[r#"
         warning: _config: [hookd.webhook.orders] selector: a blank and `;` in it begin a comment as soon as CouchDB restarts and reads its files; inside JSON write \u003b for `;`
-        holds back orders: _config: [hookd.webhook.orders] secret_file: expected an absolute path, or one in $CREDENTIALS_DIRECTORY, got `s`
+        holds back orders: _config: [hookd.webhook.orders] secret_file: expected a file below $CREDENTIALS_DIRECTORY or `/etc/couch-hookd`, which is all that CouchDB's configuration may name with --from-couchdb, got `s`
         [chttpd] port = "5984" (_config)
         [hookd] password = "p" (_config)
         [hookd] username = "u" (_config)
@@ -402,6 +402,32 @@ fn sections_come_from_couchdb() {
     overrides.environment.insert("COUCH_HOOKD_USERNAME".to_owned(), "e".to_owned());
     let raw = from_sections(&sections, &Origin::OsDaemons, &overrides);
     assert_eq!(raw.value("hookd", "username").unwrap().text.expose(), "e");
+}
+
+/// Whoever may write `_config` must not read our files: the value would be sent as a header, to a URL of his.
+#[test]
+fn couchdb_may_name_only_files_that_are_meant_for_us() {
+    let folder = Directory::new("named");
+    let other = folder.write("other", CANARY);
+    folder.write("credentials/token", "inside");
+    let credentials = folder.0.join("credentials");
+    std::os::unix::fs::symlink(other, credentials.join("link")).unwrap();
+    let mut overrides = Overrides::default();
+    let directory = credentials.to_str().unwrap().to_owned();
+    overrides.environment.insert("CREDENTIALS_DIRECTORY".to_owned(), directory.clone());
+    let value = |path: &str| {
+        let keys = BTreeMap::from([("header.x_file".to_owned(), path.to_owned())]);
+        let sections = BTreeMap::from([("hookd.webhook.orders".to_owned(), keys)]);
+        let raw = from_sections(&sections, &Origin::CouchConfig, &overrides);
+        let value = raw.value("hookd.webhook.orders", "header.x").map(|value| value.text.expose().to_owned());
+        assert_eq!(value.is_none(), raw.findings.iter().any(|finding| finding.is_error()), "{path}");
+        value
+    };
+    assert_eq!(value("token").as_deref(), Some("inside"));
+    assert_eq!(value(&format!("{directory}/token")).as_deref(), Some("inside"));
+    for path in ["../other", "link", "/etc/passwd", &format!("{directory}/../other"), "nowhere"] {
+        assert_eq!(value(path), None, "{path}");
+    }
 }
 
 #[test]

@@ -19,6 +19,7 @@ use crate::config;
 use crate::couch::gate::Gate;
 use crate::couch::refusal::{Refusal, from_json, login_verdict};
 use crate::error::{Context, Error, Kind, Result};
+use crate::names::{self, Names};
 use crate::pure::login::Verdict;
 use crate::tls;
 
@@ -396,8 +397,9 @@ pub(crate) struct Incoming {
 }
 
 impl Line {
-    /// As [`Server::request_within`], but gives the body as it comes. After a cut the error is any; ask
-    /// [`Line::take_cut`].
+    /// As [`Server::request_within`], but gives the body as it comes, and is never sent twice: what was looked at
+    /// before may be another database, or an earlier life of the server, at the second time. After a cut the error
+    /// is any; ask [`Line::take_cut`].
     pub(crate) fn request(
         &self,
         method: &Method,
@@ -409,7 +411,7 @@ impl Line {
         self.server
             .pass_gate()
             .and_then(|()| self.agent())
-            .and_then(|agent| self.server.send_once_more(&agent, &ask))
+            .and_then(|agent| self.server.send(&agent, &ask))
             .map(Answer::into_incoming)
             .map_err(|error| self.server.stopped_or(error))
     }
@@ -433,7 +435,8 @@ impl Line {
         if state.cut || self.server.is_stopped() {
             return Err(Error::new(Kind::Stopped, "stopped"));
         }
-        let make = || self.server.shared.agents.agent(1);
+        // No idle connection: one that died meanwhile could not be told from a server that is down.
+        let make = || self.server.shared.agents.agent(0);
         Ok(state.agent.get_or_insert_with(make).clone())
     }
 }
@@ -482,7 +485,7 @@ impl AgentSettings {
         if let Some(tls) = &self.tls {
             builder = builder.tls_config(tls.clone());
         }
-        builder.build().new_agent()
+        names::agent(builder.build(), &Names::default())
     }
 }
 
@@ -496,9 +499,9 @@ struct Ask<'a> {
 }
 
 impl Ask<'_> {
-    /// Whether it changes nothing; feeds with a selector or ids are `POST`ed.
+    /// Whether it changes nothing.
     fn may_be_repeated(&self) -> bool {
-        *self.method == Method::GET || self.path.contains("/_changes?")
+        *self.method == Method::GET
     }
 }
 

@@ -107,7 +107,7 @@ impl Feed {
     /// `NotFound` only when the database itself is gone. `BadSince` when the position is not of this server.
     /// `BadRequest` for a missing design document or filter. `Server` also for a fault inside an answer (items
     /// before it were handed over). `Malformed` for what is not CouchDB's, or ends in the middle. `Timeout` for
-    /// silence and the deadline. Else as [`Server::request`].
+    /// silence and the deadline. `Cut` when the connection is lost. Else as [`Server::request`].
     pub fn read(
         &mut self,
         request: &FeedRequest,
@@ -142,7 +142,7 @@ impl Feed {
         let mut items = Vec::new();
         let mut buffer = vec![0; READ_BYTES];
         loop {
-            let n_bytes = self.line.read(&mut incoming, &mut buffer)?;
+            let n_bytes = self.line.read(&mut incoming, &mut buffer).map_err(cut_off)?;
             // What came before a fault is handed over first.
             let parsed = match n_bytes {
                 0 => parser.finish(&mut items),
@@ -180,6 +180,14 @@ impl Feed {
             }
             _ => error,
         }
+    }
+}
+
+/// A connection that is lost within an answer says less than one that cannot be made: a proxy may have cut it.
+fn cut_off(error: Error) -> Error {
+    match error.kind() {
+        Kind::Unreachable => Error::new(Kind::Cut, format!("the answer was cut off ({})", error.cause())),
+        _ => error,
     }
 }
 
@@ -562,10 +570,10 @@ mod tests {
             }
         };
         let row = "{\"results\":[{\"seq\":1,\"id\":\"a\",\"changes\":[]}";
-        check_fault(&page("0", 5), cut(row, false), (&["a"], Kind::Unreachable, "disconnected"));
+        check_fault(&page("0", 5), cut(row, false), (&["a"], Kind::Cut, "disconnected"));
         check_fault(&page("0", 5), cut(row, true), (&["a"], Kind::Malformed, "in the middle of a page"));
         let line = "{\"seq\":1,\"id\":\"a\",\"changes\":[]}\n";
-        check_fault(&open_ended("0"), cut(line, false), (&["a"], Kind::Unreachable, "disconnected"));
+        check_fault(&open_ended("0"), cut(line, false), (&["a"], Kind::Cut, "disconnected"));
         let nothing = |_: &Seen, _: &mut TcpStream| {};
         check_fault(&page("0", 5), nothing, (&[], Kind::Unreachable, "disconnected"));
         let html = |_: &Seen, stream: &mut TcpStream| send(stream, 200, "<html>hello");

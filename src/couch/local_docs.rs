@@ -12,6 +12,7 @@ use serde_json::value::RawValue;
 
 use crate::couch::client::{Generation, Limits, Reply, Server, Written, db_path};
 use crate::couch::refusal::from_json;
+use crate::couch::state_db::FULL_COMMIT;
 use crate::error::{Context, Error, Kind, Result};
 use crate::pure::checkpoint::{CHECKPOINT_BYTES_MAX, Checkpoint, Mark, StateKey, checkpoint_id};
 use crate::pure::seq::Seq;
@@ -158,7 +159,8 @@ pub fn ensure_mark(
     settle_mark(server, db, stored, creation_time(generation, &info), false, pause).map(|(mark, _)| mark)
 }
 
-/// Stores a checkpoint over the one whose `_rev` is given, and gives the new `_rev`. Never together with a mark.
+/// Stores a webhook's first checkpoint, or over the one whose `_rev` is given, and gives the new `_rev`. Never together
+/// with a mark. When this returns, it is on the disk.
 ///
 /// # Errors
 /// `Conflict` on 1.x when another one is stored; 2.x and 3.x do not check. Else as [`Server::put_json`].
@@ -170,10 +172,12 @@ pub fn write_checkpoint(
     checkpoint: &Checkpoint,
     rev: Option<&str>,
 ) -> Result<String> {
-    write_checkpoint_within(server, db, webhook, key, checkpoint, rev, Limits::default())
+    let body = checkpoint.to_json(db, webhook, key, rev);
+    put_checkpoint(server, &local_path(db, &checkpoint_id(webhook)), &body, &[FULL_COMMIT], Limits::default())
 }
 
-/// As [`write_checkpoint`], with limits for a hurried end.
+/// As [`write_checkpoint`], with limits for a hurried end, and on 1.x on the disk a second later: one that is lost
+/// with a killed CouchDB is lost with all that was written after the one before.
 ///
 /// # Errors
 /// As [`write_checkpoint`].
@@ -186,9 +190,18 @@ pub fn write_checkpoint_within(
     rev: Option<&str>,
     limits: Limits,
 ) -> Result<String> {
-    let path = local_path(db, &checkpoint_id(webhook));
     let body = checkpoint.to_json(db, webhook, key, rev);
-    let reply = server.request_within(&Method::PUT, &path, Some(&body), &[], limits)?;
+    put_checkpoint(server, &local_path(db, &checkpoint_id(webhook)), &body, &[], limits)
+}
+
+fn put_checkpoint(
+    server: &Server,
+    path: &str,
+    body: &str,
+    headers: &[(&str, &str)],
+    limits: Limits,
+) -> Result<String> {
+    let reply = server.request_within(&Method::PUT, path, Some(body), headers, limits)?;
     let written: Written = from_json(&reply.body).context(|| format!("PUT {path}"))?;
     Ok(written.rev)
 }
@@ -238,7 +251,8 @@ fn write_mark(server: &Server, db: &str, old: Option<StoredMark>, created: Optio
     if let Some(created) = created {
         document["instance_start_time"] = created.into();
     }
-    match server.put_json(&local_path(db, MARK_ID), &document.to_string()) {
+    let body = document.to_string();
+    match server.request(&Method::PUT, &local_path(db, MARK_ID), Some(&body), &[FULL_COMMIT]) {
         Ok(_) => {}
         // Another daemon was first; its mark is as good.
         Err(error) if error.kind() == Kind::Conflict => {}

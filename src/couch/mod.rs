@@ -4,6 +4,7 @@ pub mod client;
 pub mod feed;
 mod gate;
 pub mod local_docs;
+pub mod node_config;
 pub mod refusal;
 #[cfg(test)]
 mod scripted;

@@ -29,7 +29,7 @@ const SUSPECTS_MAX: usize = 1_000;
 const ANSWER_BYTES_MAX: usize = 1024;
 /// 1.x tells of a document before it is on the disk, unless asked: without this a killed CouchDB lost the letter
 /// and kept the checkpoint behind it (HOLES 5).
-const FULL_COMMIT: (&str, &str) = ("x-couch-full-commit", "true");
+pub(crate) const FULL_COMMIT: (&str, &str) = ("x-couch-full-commit", "true");
 
 /// Document `webhook:NAME`: what must be remembered of a webhook beyond its databases.
 ///

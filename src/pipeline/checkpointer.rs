@@ -94,12 +94,7 @@ fn pace(due: Instant, now: Instant) -> Instant {
 
 fn store(job: &Job) -> Result<String> {
     let mark = Mark::parse(&job.position.mark).expect("marks in flows come from databases");
-    if job.life.is_some() && !local_docs::is_same(&job.server, &job.db, &mark, job.life.as_deref())? {
-        return Err(Error::new(
-            Kind::Conflict,
-            "the server was started again, or the database is another one",
-        ));
-    }
+    check_life(job, &mark)?;
     let checkpoint = Checkpoint {
         through_seq: job.position.through_seq.clone(),
         mark,
@@ -111,12 +106,23 @@ fn store(job: &Job) -> Result<String> {
     match write(job, &checkpoint, rev) {
         Err(error) if error.kind() == Kind::Conflict => {
             // Somebody else wrote it: an earlier life of ours whose request was still on its way, or another
-            // daemon. Ours is read from this feed and is true; it goes over what is there.
+            // daemon. Ours is read from this feed and is true; it goes over what is there. Unless the server lost
+            // what was there: then ours may be a place that other changes have by now.
+            check_life(job, &mark)?;
             let rev = local_docs::checkpoint_rev(&job.server, &job.db, &job.webhook)?;
             write(job, &checkpoint, rev.as_deref())
         }
         result => result,
     }
+}
+
+/// On 1.x: whether the server is still the one that the position was read from.
+fn check_life(job: &Job, mark: &Mark) -> Result<()> {
+    if job.life.is_some() && !local_docs::is_same(&job.server, &job.db, mark, job.life.as_deref())? {
+        let found = "the server was started again, or the database is another one";
+        return Err(Error::new(Kind::Conflict, found));
+    }
+    Ok(())
 }
 
 fn write(job: &Job, checkpoint: &Checkpoint, rev: Option<&str>) -> Result<String> {

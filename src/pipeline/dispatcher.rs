@@ -5,6 +5,7 @@
 //! whatever hangs, and gives back the threads that could not be joined by then.
 
 use std::collections::HashMap;
+use std::ops::ControlFlow;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -21,6 +22,7 @@ use crate::pipeline::complaints::{Complaint, Outage};
 use crate::pipeline::feed_reader::{Fed, Reader};
 use crate::pipeline::store::{Change, Errand, Errant, Store};
 use crate::pipeline::webhook::{Answer, Endpoint};
+use crate::pipeline::workers::Workers;
 use crate::pure::checkpoint::Mark;
 use crate::pure::dispatch::{Action, Attempt, Dispatch, FlowIndex, Notice};
 use crate::pure::endpoint::{self, DownReason, LetterClass, Moment, Outcome, Settings};
@@ -32,6 +34,8 @@ use crate::sys::{self, Thread};
 const ROWS_MAX: usize = 2;
 /// A worker without work for this long ends.
 const WORKER_IDLE: Duration = Duration::from_secs(60);
+/// An unfiltered open request is read anew after so many of its timeouts: quiet ones end by themselves before.
+const UNFILTERED_ROTATE: u32 = 2;
 /// Between two tries to activate a webhook.
 const ACTIVATE_AGAIN: [Duration; 4] =
     [Duration::from_millis(100), Duration::from_millis(500), Duration::from_secs(2), Duration::from_secs(5)];
@@ -213,19 +217,17 @@ struct Dispatcher<'a> {
     shared: &'a Shared,
     webhook: &'a config::Webhook,
     dispatch: Dispatch,
-    tellings: Arc<Vec<Telling>>,
     marks: Vec<Option<Mark>>,
     lives: Vec<Option<String>>,
     readers: Vec<Reader>,
     store: Store,
     endpoint: Arc<Endpoint>,
-    jobs: Sender<Attempt>,
-    jobs_taken: Receiver<Attempt>,
-    workers: Vec<Thread>,
-    n_workers_made: u64,
+    workers: Workers<Attempt>,
     in_flight: HashMap<u64, (WebhookId, jiff::Timestamp)>,
     failures: HashMap<WebhookId, Failure>,
     complaints: Vec<Complaint>,
+    /// Answers cut off since a request last ended as it should.
+    n_cuts: Vec<u32>,
     n_letters: u64,
     bytes: usize,
     stop: Option<Stopping>,
@@ -251,7 +253,8 @@ struct Channels {
 impl<'a> Dispatcher<'a> {
     fn start(shared: &'a Shared, webhook: &'a config::Webhook, active: Active) -> Result<Dispatcher<'a>> {
         let n = webhook.db.len();
-        let tellings: Vec<Telling> = webhook.db.iter().map(|db| telling(shared, webhook, db)).collect();
+        let tellings: Vec<Telling> =
+            webhook.db.iter().map(|db| telling(&shared.source, webhook, db)).collect();
         let channels = Channels {
             done: bounded(webhook.concurrency),
             stored: bounded(n),
@@ -263,7 +266,11 @@ impl<'a> Dispatcher<'a> {
         let flows = (0..n).map(|_| {
             let strict = webhook.concurrency == 1;
             let hookd = &shared.hookd;
-            Flow::new(strict, webhook.filter.is_some(), hookd.feed_rotate, hookd.checkpoint_interval)
+            let rotate = match webhook.filter {
+                Some(_) => hookd.feed_rotate,
+                None => hookd.feed_timeout * UNFILTERED_ROTATE,
+            };
+            Flow::new(strict, rotate, hookd.checkpoint_interval)
         });
         let mut dispatch = Dispatch::new(settings(webhook), flows.collect(), sys::now());
         dispatch.restore_suspects(active.suspects, sys::now());
@@ -272,22 +279,20 @@ impl<'a> Dispatcher<'a> {
         });
         let readers = readers.collect::<Result<_>>()?;
         let store = Store::start(shared, webhook, tellings.clone(), channels.errants.0.clone())?;
-        let (jobs, jobs_taken) = bounded(webhook.concurrency);
+        let tellings = Arc::new(tellings);
+        let workers = workers(shared, webhook, &endpoint, &tellings, channels.done.0.clone());
         Ok(Dispatcher {
             marks: webhook.db.iter().map(|db| active.record.databases.get(db).copied()).collect(),
             lives: vec![None; n],
             complaints: (0..n).map(|_| Complaint::default()).collect(),
+            n_cuts: vec![0; n],
             shared,
             webhook,
             dispatch,
-            tellings: Arc::new(tellings),
             readers,
             store,
             endpoint,
-            jobs,
-            jobs_taken,
-            workers: Vec::new(),
-            n_workers_made: 0,
+            workers,
             in_flight: HashMap::new(),
             failures: HashMap::new(),
             n_letters: active.n_letters,
@@ -312,11 +317,43 @@ impl<'a> Dispatcher<'a> {
             if self.is_over(now) {
                 return self.end();
             }
-            self.wait(orders);
+            // To wait costs more than to look: seven channels to sign on to, and a switch of threads.
+            if !self.take_ready(orders) {
+                self.wait(orders);
+                // Where cores are short, workers that are about to finish do so now: one wake-up takes them all.
+                sys::yield_now();
+                self.take_ready(orders);
+            }
         }
     }
 
-    /// Waits for one input, then takes whatever else is there; rows last and one batch at a time.
+    /// Takes what is there, rows last and one batch at a time; whether there was anything.
+    fn take_ready(&mut self, orders: &Receiver<Order>) -> bool {
+        let mut any = false;
+        while let Ok(done) = self.channels.done.1.try_recv() {
+            self.on_done(done);
+            any = true;
+        }
+        while let Ok(stored) = self.channels.stored.1.try_recv() {
+            self.on_stored(stored);
+            any = true;
+        }
+        while let Ok(errant) = self.channels.errants.1.try_recv() {
+            self.on_errant(errant);
+            any = true;
+        }
+        if let Ok(order) = orders.try_recv() {
+            self.on_order(order);
+            any = true;
+        }
+        if let Ok(fed) = self.channels.fed.1.try_recv() {
+            self.on_fed(fed);
+            any = true;
+        }
+        any
+    }
+
+    /// Waits for one input.
     fn wait(&mut self, orders: &Receiver<Order>) {
         let Channels { done, stored, errants, fed, wake } = &self.channels;
         let (done, stored, errants, fed, wake) =
@@ -341,10 +378,6 @@ impl<'a> Dispatcher<'a> {
             recv(timer) -> _ => {}
             recv(fed) -> input => input.into_iter().for_each(|fed| self.on_fed(fed)),
         }
-        done.try_iter().for_each(|done| self.on_done(done));
-        stored.try_iter().for_each(|stored| self.on_stored(stored));
-        errants.try_iter().for_each(|errant| self.on_errant(errant));
-        fed.try_iter().take(1).for_each(|fed| self.on_fed(fed));
     }
 
     // --- Inputs ------------------------------------------------------------------------------------------
@@ -395,7 +428,7 @@ impl<'a> Dispatcher<'a> {
         match result {
             Ok(rev) => self.dispatch.on_checkpoint(flow, Some(rev), now),
             Err(error) => {
-                self.complain(flow, &error, "failed to store the checkpoint");
+                self.complain(flow, &error, "failed to store the checkpoint: ");
                 self.dispatch.on_checkpoint(flow, None, now);
             }
         }
@@ -431,17 +464,21 @@ impl<'a> Dispatcher<'a> {
                 self.lives[flow] = life;
                 self.dispatch.on_opened(flow, opened);
                 self.shared.outage.over();
-                if self.complaints[flow].over() {
-                    log::info!("{}: reading again", self.place(flow));
-                }
             }
             Fed::Rows(flow, rows) => self.dispatch.on_rows(flow, rows, now),
             Fed::End { flow, last_seq, pending, closed } => {
+                // Opened, and even rows, may be followed by the same fault at the same place.
+                if !closed {
+                    self.n_cuts[flow] = 0;
+                    if self.complaints[flow].over() {
+                        log::info!("{}: reading again", self.place(flow));
+                    }
+                }
                 self.dispatch.on_end(flow, last_seq, pending, closed, now);
             }
             Fed::Failed(flow, fault, error) => {
                 if let Some(error) = error.filter(|_| self.stop.is_none()) {
-                    self.complain(flow, &error, "failed to read");
+                    self.complain(flow, &error, "");
                 }
                 self.dispatch.on_read_failed(flow, fault, now);
             }
@@ -453,16 +490,19 @@ impl<'a> Dispatcher<'a> {
             self.shared.outage.say(error);
             return;
         }
-        if !self.complaints[flow].is_news(error.kind(), sys::now()) {
-            log::debug!("{}: {what}: {error}", self.place(flow));
+        let cut = error.kind() == Kind::Cut;
+        self.n_cuts[flow] += u32::from(cut);
+        // One cut is how a server that stops, or a proxy that has waited long enough, ends a request: no news yet.
+        if (cut && self.n_cuts[flow] == 1) || !self.complaints[flow].is_news(error.kind(), sys::now()) {
+            log::debug!("{}: {what}{error}", self.place(flow));
             return;
         }
         let place = self.place(flow);
         match error.kind() {
             Kind::NotFound => log::warn!("{place} does not exist; waiting for it"),
-            Kind::Timeout => log::warn!("{place}: {error}; reconnecting"),
+            Kind::Timeout | Kind::Cut => log::warn!("{place}: {what}{error}; reconnecting"),
             Kind::Stopped => {}
-            _ => log::error!("{place}: {what}: {error}; trying again"),
+            _ => log::error!("{place}: {what}{error}; trying again"),
         }
     }
 
@@ -515,37 +555,9 @@ impl<'a> Dispatcher<'a> {
 
     fn deliver(&mut self, attempt: Attempt) {
         self.in_flight.insert(attempt.token, (attempt.event.id, sys::wall()));
-        self.workers.retain(|worker| !worker.is_finished());
-        if self.workers.len() < self.in_flight.len()
-            && let Err(error) = self.add_worker()
-        {
+        if let Err(error) = self.workers.give(attempt, self.in_flight.len()) {
             log::error!("webhook `{}`: {error}", self.webhook.name);
         }
-        self.jobs.try_send(attempt).expect("there is room for every delivery that is allowed");
-    }
-
-    fn add_worker(&mut self) -> Result<()> {
-        self.n_workers_made += 1;
-        let name = format!("worker:{}#{}", self.webhook.name, self.n_workers_made);
-        let (jobs, done) = (self.jobs_taken.clone(), self.channels.done.0.clone());
-        let (endpoint, tellings) = (Arc::clone(&self.endpoint), Arc::clone(&self.tellings));
-        let permits = Arc::clone(&self.shared.permits);
-        let worker = sys::spawn(&name, move || {
-            while let Ok(attempt) = jobs.recv_timeout(WORKER_IDLE) {
-                let token = attempt.token;
-                let deliver = AssertUnwindSafe(|| endpoint.deliver(&tellings[attempt.flow], &attempt));
-                // The panic was logged by its hook; the event must not hang for it.
-                let answer = catch_unwind(deliver)
-                    .unwrap_or_else(|_| Answer { outcome: Outcome::Broken, text: "we panicked".to_owned() });
-                drop(attempt);
-                permits.give_back();
-                if done.send(Done { token, answer }).is_err() {
-                    return;
-                }
-            }
-        })?;
-        self.workers.push(worker);
-        Ok(())
     }
 
     fn store_letter(&mut self, attempt: &Attempt, class: LetterClass, _now: Instant) {
@@ -658,10 +670,9 @@ impl<'a> Dispatcher<'a> {
     fn end(self) -> Vec<Thread> {
         self.shared.permits.hold_bytes(self.bytes, 0);
         self.endpoint.shut_down();
-        drop(self.jobs);
         let mut threads: Vec<Thread> = self.readers.into_iter().map(Reader::stop).collect();
         threads.push(self.store.stop());
-        threads.extend(self.workers);
+        threads.extend(self.workers.stop());
         // Whoever is about to send to us finds nobody and ends.
         drop(self.channels);
         let (ended, left): (Vec<Thread>, Vec<Thread>) = threads.into_iter().partition(Thread::is_finished);
@@ -672,6 +683,32 @@ impl<'a> Dispatcher<'a> {
         }
         left
     }
+}
+
+/// Those that make the webhook's deliveries.
+fn workers(
+    shared: &Shared,
+    webhook: &config::Webhook,
+    endpoint: &Arc<Endpoint>,
+    tellings: &Arc<Vec<Telling>>,
+    done: Sender<Done>,
+) -> Workers<Attempt> {
+    let (endpoint, tellings) = (Arc::clone(endpoint), Arc::clone(tellings));
+    let permits = Arc::clone(&shared.permits);
+    let name = format!("worker:{}", webhook.name);
+    Workers::new(name, webhook.concurrency, WORKER_IDLE, move |attempt: Attempt| {
+        let token = attempt.token;
+        let deliver = AssertUnwindSafe(|| endpoint.deliver(&tellings[attempt.flow], &attempt));
+        // The panic was logged by its hook; the event must not hang for it.
+        let answer = catch_unwind(deliver)
+            .unwrap_or_else(|_| Answer { outcome: Outcome::Broken, text: "we panicked".to_owned() });
+        drop(attempt);
+        permits.give_back();
+        match done.send(Done { token, answer }) {
+            Ok(()) => ControlFlow::Continue(()),
+            Err(_) => ControlFlow::Break(()),
+        }
+    })
 }
 
 /// When the daemon's own end of the orders is gone.
@@ -694,7 +731,8 @@ fn down_text(reason: DownReason) -> &'static str {
     }
 }
 
-fn settings(webhook: &config::Webhook) -> Settings {
+/// What the machine decides by.
+pub(crate) fn settings(webhook: &config::Webhook) -> Settings {
     Settings {
         concurrency: webhook.concurrency,
         retry_schedule: webhook.retry_schedule.clone(),
@@ -705,11 +743,12 @@ fn settings(webhook: &config::Webhook) -> Settings {
     }
 }
 
-fn telling(shared: &Shared, webhook: &config::Webhook, db: &str) -> Telling {
+/// What payloads of one database hold; `source` up to the database's name.
+pub(crate) fn telling(source: &str, webhook: &config::Webhook, db: &str) -> Telling {
     Telling {
         webhook: webhook.name.clone(),
         db: db.to_owned(),
-        source: format!("{}/{}", shared.source, crate::couch::client::encoded(db)),
+        source: format!("{source}/{}", crate::couch::client::encoded(db)),
         events: webhook.events.clone(),
         include_docs: webhook.include_docs,
         conflicts: webhook.conflicts,

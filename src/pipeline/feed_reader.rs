@@ -7,6 +7,7 @@
 
 use std::collections::HashMap;
 use std::ops::ControlFlow;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -20,7 +21,7 @@ use crate::couch::local_docs;
 use crate::error::{Error, Kind, Result};
 use crate::pipeline::Shared;
 use crate::pure::changes::Item;
-use crate::pure::checkpoint::Mark;
+use crate::pure::checkpoint::{Checkpoint, Mark};
 use crate::pure::dispatch::FlowIndex;
 use crate::pure::flow::{Opened, Read, ReadFault};
 use crate::pure::message::{Arrived, Telling};
@@ -102,6 +103,7 @@ impl Reader {
             opened: None,
             generation: Generation::Three,
             misses: 0,
+            unknown_since: None,
             stopping: Arc::clone(&stopping),
         };
         let thread = sys::spawn(&name, move || state.run(&orders))?;
@@ -148,6 +150,8 @@ struct State {
     opened: Option<Known>,
     generation: Generation,
     misses: u32,
+    /// The position that CouchDB last said not to know.
+    unknown_since: Option<Seq>,
     stopping: Arc<AtomicBool>,
 }
 
@@ -157,7 +161,7 @@ impl State {
             if self.stopping.load(Ordering::SeqCst) {
                 return;
             }
-            let fed = match read {
+            let reading = AssertUnwindSafe(|| match read {
                 Read::Open => self.open(known_mark.as_ref()),
                 Read::Page { since, limit } => {
                     let limit = u32::try_from(limit).unwrap_or(u32::MAX);
@@ -167,7 +171,9 @@ impl State {
                     let timeout = self.shared.hookd.feed_timeout;
                     self.read(since, FeedKind::Continuous { timeout })
                 }
-            };
+            });
+            // The panic was logged by its hook; a flow that gets no answer would read nothing for ever.
+            let fed = catch_unwind(reading).unwrap_or_else(|_| Err(Error::new(Kind::Io, "we panicked")));
             let fed = fed.unwrap_or_else(|error| Fed::Failed(self.flow, fault_of(&error), Some(error)));
             if self.to.send(fed).is_err() {
                 return;
@@ -204,7 +210,11 @@ impl State {
             );
         }
         self.opened = Some(Known { mark: opened.mark, life: opened.life.clone() });
-        let checkpoint = opened.checkpoint.map(|checkpoint| {
+        let known = |checkpoint: &Checkpoint| self.unknown_since.as_ref() != Some(&checkpoint.through_seq);
+        if opened.checkpoint.as_ref().is_some_and(|checkpoint| !known(checkpoint)) {
+            log::error!("{place}: CouchDB does not know the stored position; reading from the beginning");
+        }
+        let checkpoint = opened.checkpoint.filter(known).map(|checkpoint| {
             let delivered = checkpoint.delivered.iter().map(|id| id.0).collect();
             (checkpoint.through_seq, delivered)
         });
@@ -220,14 +230,23 @@ impl State {
 
     /// One request for rows, after a look whether the database is still the one that was opened.
     fn read(&mut self, since: Seq, kind: FeedKind) -> Result<Fed> {
+        let filtered = self.filter.is_some();
+        let is_page = matches!(kind, FeedKind::Page { .. });
+        // Before the look: another webhook's page may take half an hour, and the database be another one by then.
+        let pages = Arc::clone(&self.shared.filtered_pages);
+        let _turn = match filtered && is_page {
+            true => match pages.turn(&self.telling.db, &self.stopping) {
+                Some(turn) => Some(turn),
+                None => return Ok(self.end(None, None, true)),
+            },
+            false => None,
+        };
         let known = self.opened.as_ref().expect("a feed is opened before it is read");
         let (db, life) = (&self.telling.db, known.life.as_deref());
         if !local_docs::is_same(&self.shared.server, db, &known.mark, life)? {
             return Ok(Fed::Failed(self.flow, ReadFault::Changed, None));
         }
         let mark = known.mark.to_string();
-        let filtered = self.filter.is_some();
-        let is_page = matches!(kind, FeedKind::Page { .. });
         let request = FeedRequest {
             db: db.clone(),
             since,
@@ -238,14 +257,6 @@ impl State {
             doc_bytes_max: self.telling.payload_bytes_max + ROW_MARGIN,
             silence: (!filtered).then_some(self.shared.hookd.feed_timeout + SILENCE_MARGIN),
             deadline: (filtered && is_page).then(|| FILTERED_DEADLINE * 2_u32.pow(self.misses.min(6))),
-        };
-        let pages = Arc::clone(&self.shared.filtered_pages);
-        let _turn = match filtered && is_page {
-            true => match pages.turn(db, &self.stopping) {
-                Some(turn) => Some(turn),
-                None => return Ok(self.end(None, None, true)),
-            },
-            false => None,
         };
         let (flow, to, telling) = (self.flow, &self.to, &self.telling);
         let mut end = (None, None);
@@ -273,6 +284,9 @@ impl State {
         } else {
             self.misses = 0;
         }
+        if let Err(error) = &result {
+            self.unknown_since = (error.kind() == Kind::BadSince).then_some(request.since);
+        }
         let closed = result? != FeedEnd::Complete;
         Ok(self.end(end.0, end.1, closed))
     }
@@ -285,6 +299,7 @@ impl State {
 /// What a failed reading means to the flow.
 fn fault_of(error: &Error) -> ReadFault {
     match error.kind() {
+        Kind::BadSince => ReadFault::BadPosition,
         Kind::BadRequest | Kind::Server | Kind::Malformed => ReadFault::Refused,
         _ => ReadFault::Lost,
     }

@@ -18,6 +18,7 @@ pub mod feed_reader;
 pub mod permits;
 pub mod store;
 pub mod webhook;
+pub mod workers;
 
 use std::sync::Arc;
 

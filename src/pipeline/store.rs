@@ -13,6 +13,7 @@ use crate::pipeline::Shared;
 use crate::pure::changes::{Row, RowDoc};
 use crate::pure::checkpoint::Mark;
 use crate::pure::dispatch::{Fetched, FlowIndex, SuspectLetter};
+use crate::pure::document::Document;
 use crate::pure::endpoint::WINDOW_EVENTS;
 use crate::pure::message::{Telling, WebhookId};
 use crate::sys::{self, Thread};
@@ -152,7 +153,7 @@ impl State {
         let text =
             String::from_utf8(reply.body).map_err(|_| Error::new(Kind::Malformed, "expected UTF-8"))?;
         // Without the line break behind it: a document is passed as the feed passes it.
-        let doc = serde_json::value::RawValue::from_string(text.trim_end().to_owned()).map_err(found)?;
+        let doc = Document::parse(text.trim_end().to_owned()).map_err(found)?;
         let row = Row {
             seq: None,
             id: letter.doc_id.clone(),

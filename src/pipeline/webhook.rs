@@ -8,14 +8,19 @@ use std::io::ErrorKind;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-use http::header::{AUTHORIZATION, CONTENT_TYPE, USER_AGENT};
+use http::header::{AUTHORIZATION, CONTENT_TYPE, HeaderMap, HeaderName, HeaderValue, USER_AGENT};
+use http::{Request, Uri};
+use ureq::unversioned::resolver::DefaultResolver;
+use ureq::unversioned::transport::{ConnectionDetails, Connector, DefaultConnector, Transport};
 use ureq::{Agent, Timeout};
 
 use crate::config;
 use crate::error::{Context, Error, Kind, Result};
+use crate::names::{self, Names};
 use crate::pure::dispatch::Attempt;
 use crate::pure::endpoint::Outcome;
 use crate::pure::message::{Event, Telling};
+use crate::pure::redact::Redactor;
 use crate::pure::retry;
 use crate::pure::secret::Secret;
 use crate::pure::signature::{self, Key};
@@ -28,6 +33,16 @@ const ANSWER_BYTES_MAX: u64 = 64 * 1024;
 const ANSWER_CHARS: usize = 300;
 /// Idle connections live this long; most servers close theirs after 5 to 75 s.
 const IDLE_MAX: Duration = Duration::from_secs(60);
+/// Buffers of one connection, in each direction, in bytes: the longest headers that are read, and few writes even
+/// for long payloads. `ureq`'s own are four times as long, and every connection has two.
+const BUFFER_BYTES: usize = 32 * 1024;
+
+const WEBHOOK_ID: HeaderName = HeaderName::from_static("webhook-id");
+const WEBHOOK_TIMESTAMP: HeaderName = HeaderName::from_static("webhook-timestamp");
+const WEBHOOK_SIGNATURE: HeaderName = HeaderName::from_static("webhook-signature");
+const HOOKD_WEBHOOK: HeaderName = HeaderName::from_static("hookd-webhook");
+const HOOKD_ATTEMPT: HeaderName = HeaderName::from_static("hookd-attempt");
+const HOOKD_REPLAY: HeaderName = HeaderName::from_static("hookd-replay");
 
 /// What came of one attempt.
 #[derive(Debug, Clone)]
@@ -41,12 +56,14 @@ pub struct Answer {
 /// A webhook's endpoint: knows how to ask, not when.
 pub struct Endpoint {
     agent: Agent,
-    url: Secret,
-    authorization: Option<Secret>,
+    names: Names,
+    /// Without userinfo; its path may be a secret all the same.
+    uri: Uri,
+    /// What every request carries.
+    headers: HeaderMap,
     keys: Vec<Key>,
-    headers: Vec<(String, Secret)>,
-    webhook: String,
-    user_agent: String,
+    /// What must not come back to us in an answer's text.
+    redactor: Redactor,
     /// Answers so far: only then can a connection be a pooled one.
     n_answers: AtomicU64,
 }
@@ -60,35 +77,21 @@ impl Endpoint {
     pub fn new(webhook: &config::Webhook) -> Result<Endpoint> {
         let fault = |found: String| Error::new(Kind::Config, found);
         let url = Url::parse(webhook.endpoint.expose()).map_err(fault)?;
-        let authorization = url.userinfo().map_err(fault)?.map(|(name, password)| {
-            use base64::Engine;
-            let password = password.as_ref().map_or("", Secret::expose);
-            let both = base64::engine::general_purpose::STANDARD.encode(format!("{name}:{password}"));
-            Secret::new(format!("Basic {both}"))
-        });
         let keys = webhook.secrets.iter().map(|secret| Key::parse(secret.expose())).collect::<Result<_, _>>();
-        let tls = if url.is_https() { Some(tls::settings(webhook.ca_file.as_deref())?) } else { None };
-        let mut agent = Agent::config_builder()
-            .http_status_as_error(false)
-            .max_redirects(0)
-            .max_redirects_will_error(false)
-            .proxy(None)
-            .timeout_global(Some(webhook.timeout))
-            .timeout_connect(Some(webhook.connect_timeout.min(webhook.timeout)))
-            .max_idle_connections(webhook.concurrency)
-            .max_idle_connections_per_host(webhook.concurrency)
-            .max_idle_age(IDLE_MAX);
-        if let Some(tls) = tls {
-            agent = agent.tls_config(tls);
-        }
+        let names = Names::default();
+        let address = url.without_userinfo();
+        let uri = address.parse().map_err(|error| fault(format!("not a URL: {error}")))?;
+        let (headers, secrets) = headers(webhook, &url).map_err(fault)?;
+        let redactor = Redactor::new(secrets.iter().chain(&webhook.secrets).map(Secret::expose))
+            .and_url(webhook.endpoint.expose())
+            .and_url(&address);
         Ok(Endpoint {
-            agent: agent.build().new_agent(),
-            url: Secret::new(url.without_userinfo()),
-            authorization,
+            agent: names::agent(agent_config(webhook, &url)?, &names),
+            names,
+            uri,
+            headers,
             keys: keys.map_err(fault).context(|| "secret".to_owned())?,
-            headers: webhook.headers.clone(),
-            webhook: webhook.name.clone(),
-            user_agent: concat!("couch-hookd/", env!("CARGO_PKG_VERSION")).to_owned(),
+            redactor,
             n_answers: AtomicU64::new(0),
         })
     }
@@ -124,29 +127,19 @@ impl Endpoint {
     ) -> Result<(u16, Option<Duration>, Vec<u8>), ureq::Error> {
         let id = event.id.to_string();
         let timestamp = sys::wall().as_second();
-        let mut request = self
-            .agent
-            .post(self.url.expose())
-            .header(CONTENT_TYPE, "application/json")
-            .header(USER_AGENT, &self.user_agent)
-            .header("webhook-id", &id)
-            .header("webhook-timestamp", timestamp.to_string())
-            .header("hookd-webhook", &self.webhook)
-            .header("hookd-attempt", attempt.to_string());
+        let mut request = Request::post(self.uri.clone()).body(body)?;
+        let headers = request.headers_mut();
+        headers.clone_from(&self.headers);
+        headers.insert(WEBHOOK_ID, HeaderValue::try_from(&id).expect("it is hex digits"));
+        headers.insert(WEBHOOK_TIMESTAMP, timestamp.into());
+        headers.insert(HOOKD_ATTEMPT, attempt.into());
         if let Some(signature) = signature::sign(&self.keys, &id, timestamp, body) {
-            request = request.header("webhook-signature", signature);
+            headers.insert(WEBHOOK_SIGNATURE, HeaderValue::try_from(signature).expect("it is base64"));
         }
         if replay {
-            request = request.header("hookd-replay", "true");
+            headers.insert(HOOKD_REPLAY, HeaderValue::from_static("true"));
         }
-        let own = |name: &str| self.headers.iter().any(|(header, _)| header == name);
-        if let Some(authorization) = self.authorization.as_ref().filter(|_| !own("authorization")) {
-            request = request.header(AUTHORIZATION, authorization.expose());
-        }
-        for (name, value) in &self.headers {
-            request = request.header(name.as_str(), value.expose());
-        }
-        let mut response = request.send(body)?;
+        let mut response = self.agent.run(request)?;
         self.n_answers.fetch_add(1, Ordering::Relaxed);
         let status = response.status().as_u16();
         let text = |name: &str| response.headers().get(name).and_then(|value| value.to_str().ok());
@@ -161,29 +154,123 @@ impl Endpoint {
     fn judge(&self, result: Result<(u16, Option<Duration>, Vec<u8>), ureq::Error>) -> Answer {
         match result {
             Ok((status, retry_after, body)) => {
-                let text = self.redacted(&String::from_utf8_lossy(&body));
+                // Nobody reads what a delivery was answered.
+                let text = match status {
+                    200..=299 => String::new(),
+                    _ => self.redactor.redact(&String::from_utf8_lossy(&body), ANSWER_CHARS),
+                };
                 Answer { outcome: Outcome::Status { status, retry_after }, text }
             }
-            Err(error) => Answer { outcome: outcome_of(&error), text: self.redacted(&error.to_string()) },
-        }
-    }
-
-    /// The start of a text in one line, without anything of ours that must not leave.
-    fn redacted(&self, text: &str) -> String {
-        let mut text: String = text
-            .chars()
-            .take(8 * ANSWER_CHARS)
-            .map(|char| if char.is_control() { ' ' } else { char })
-            .collect();
-        let headers = self.headers.iter().map(|(_, value)| value.expose());
-        let authorization = self.authorization.iter().map(Secret::expose);
-        for secret in headers.chain(authorization).chain([self.url.expose()]) {
-            if secret.len() >= 4 {
-                text = text.replace(secret, "***");
+            Err(error) => {
+                let outcome = outcome_of(&error);
+                if outcome == Outcome::Unreachable {
+                    self.names.forget();
+                }
+                Answer { outcome, text: self.redactor.redact(&error.to_string(), ANSWER_CHARS) }
             }
         }
-        text.trim().chars().take(ANSWER_CHARS).collect()
     }
+}
+
+/// What every request carries, and what of it is secret.
+fn headers(webhook: &config::Webhook, url: &Url) -> Result<(HeaderMap, Vec<Secret>), String> {
+    let value = |name: &str, text: &str| {
+        let mut value = HeaderValue::try_from(text)
+            .map_err(|_| format!("header.{name}: expected what a header can hold"))?;
+        value.set_sensitive(true);
+        Ok::<_, String>(value)
+    };
+    let mut headers = HeaderMap::new();
+    headers.insert(CONTENT_TYPE, HeaderValue::from_static("application/json"));
+    let user_agent = concat!("couch-hookd/", env!("CARGO_PKG_VERSION"));
+    headers.insert(USER_AGENT, HeaderValue::from_static(user_agent));
+    headers.insert(HOOKD_WEBHOOK, value("hookd-webhook", &webhook.name)?);
+    let mut secrets = Vec::new();
+    if let Some((name, password)) = url.userinfo()? {
+        use base64::Engine;
+        let text = password.as_ref().map_or("", Secret::expose);
+        let both = base64::engine::general_purpose::STANDARD.encode(format!("{name}:{text}"));
+        let login = Secret::new(format!("Basic {both}"));
+        headers.insert(AUTHORIZATION, value("authorization", login.expose())?);
+        secrets.extend([login].into_iter().chain(password));
+    }
+    for (name, secret) in &webhook.headers {
+        let header =
+            HeaderName::try_from(name).map_err(|_| format!("header.{name}: expected a header's name"))?;
+        let value = value(name, secret.expose())?;
+        // One of the operator's takes the place of the login in the URL; beside ours it is one more.
+        match header == AUTHORIZATION {
+            true => headers.insert(header, value).is_some(),
+            false => headers.append(header, value),
+        };
+        secrets.push(secret.clone());
+    }
+    Ok((headers, secrets))
+}
+
+/// Connects to a webhook's endpoint as a delivery would, TLS included, and hangs up before anything is sent.
+///
+/// # Errors
+/// `Config` as [`Endpoint::new`]; `Unreachable` or `Timeout` with what failed: the name, the connection, TLS.
+pub fn reach(webhook: &config::Webhook) -> Result<()> {
+    let url = Url::parse(webhook.endpoint.expose()).map_err(|found| Error::new(Kind::Config, found))?;
+    let connector = DefaultConnector::default().chain(HangUp);
+    let agent = Agent::with_parts(agent_config(webhook, &url)?, connector, DefaultResolver::default());
+    match agent.head(url.origin()).call() {
+        Err(ureq::Error::Other(other)) if other.is::<Reached>() => Ok(()),
+        Err(ureq::Error::Timeout(_)) => Err(Error::new(Kind::Timeout, "no connection in time")),
+        Err(error) => {
+            // "io: Connection refused (os error 111)": the number is noise.
+            let text = error.to_string();
+            let text = text.split(" (os error").next().unwrap_or_default();
+            Err(Error::new(Kind::Unreachable, text.strip_prefix("io: ").unwrap_or(text)))
+        }
+        Ok(_) => Err(Error::new(Kind::Malformed, "an answer to a request that was never sent")),
+    }
+}
+
+/// Last in a chain of connectors: gives up the connection that the others made, so that no request follows. Uses the
+/// part of `ureq`'s interface that may change with a minor version; then this stops to build, no more.
+#[derive(Debug)]
+struct HangUp;
+
+impl<In: Transport> Connector<In> for HangUp {
+    type Out = In;
+
+    fn connect(&self, _: &ConnectionDetails<'_>, made: Option<In>) -> Result<Option<In>, ureq::Error> {
+        Err(made.map_or(ureq::Error::ConnectionFailed, |_| ureq::Error::Other(Box::new(Reached))))
+    }
+}
+
+/// How [`HangUp`] says that there was a connection.
+#[derive(Debug)]
+struct Reached;
+
+impl std::fmt::Display for Reached {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("reached")
+    }
+}
+
+impl std::error::Error for Reached {}
+
+fn agent_config(webhook: &config::Webhook, url: &Url) -> Result<ureq::config::Config> {
+    let agent = Agent::config_builder()
+        .http_status_as_error(false)
+        .max_redirects(0)
+        .max_redirects_will_error(false)
+        .proxy(None)
+        .timeout_global(Some(webhook.timeout))
+        .timeout_connect(Some(webhook.connect_timeout.min(webhook.timeout)))
+        .max_idle_connections(webhook.concurrency)
+        .max_idle_connections_per_host(webhook.concurrency)
+        .max_idle_age(IDLE_MAX)
+        .input_buffer_size(BUFFER_BYTES)
+        .output_buffer_size(BUFFER_BYTES);
+    Ok(match url.is_https() {
+        true => agent.tls_config(tls::settings(webhook.ca_file.as_deref())?).build(),
+        false => agent.build(),
+    })
 }
 
 fn is_dead_socket(kind: ErrorKind) -> bool {

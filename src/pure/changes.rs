@@ -10,6 +10,7 @@ use serde::{Deserialize, Deserializer};
 use serde_json::value::RawValue;
 
 use crate::error::{Error, Kind, Result};
+use crate::pure::document::Document;
 use crate::pure::excerpt::excerpt;
 use crate::pure::scan::{ENVELOPE_BYTES_MAX, Event, Kept, Object, Text, TooLong};
 use crate::pure::seq::Seq;
@@ -44,7 +45,7 @@ pub enum RowDoc {
         bytes: u64,
     },
     /// The JSON text, byte for byte as CouchDB sent it.
-    Json(Box<RawValue>),
+    Json(Document),
 }
 
 /// What a feed gives.
@@ -327,7 +328,7 @@ fn row_doc(kept: Kept) -> Result<RowDoc, String> {
     if text.trim_end() == "null" {
         return Ok(RowDoc::Null);
     }
-    let json = RawValue::from_string(text).map_err(|error| format!("its `doc` is not JSON: {error}"))?;
+    let json = Document::parse(text).map_err(|error| format!("its `doc` is not JSON: {error}"))?;
     Ok(RowDoc::Json(json))
 }
 
@@ -446,7 +447,9 @@ mod tests {
                 id: self.id,
                 revs: self.changes.into_iter().map(|change| change.rev).collect(),
                 deleted: self.deleted,
-                doc: self.doc.map_or(RowDoc::Absent, RowDoc::Json),
+                doc: self.doc.map_or(RowDoc::Absent, |doc| {
+                    RowDoc::Json(Document::parse(doc.get().to_owned()).unwrap())
+                }),
             })
         }
     }

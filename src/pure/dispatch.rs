@@ -137,6 +137,8 @@ pub struct Dispatch {
     outbox: Vec<Action>,
     /// Deliveries when suspects were last looked for.
     judged_at: u64,
+    /// The process had no delivery to spare; the shell polls again when it has.
+    starved: bool,
 }
 
 impl Dispatch {
@@ -154,6 +156,7 @@ impl Dispatch {
             said: Vec::new(),
             outbox: Vec::new(),
             judged_at: 0,
+            starved: false,
         }
     }
 
@@ -365,6 +368,7 @@ impl Dispatch {
     }
 
     fn poll_attempts(&mut self, now: Instant, permit: &mut dyn FnMut() -> bool, actions: &mut Vec<Action>) {
+        self.starved = false;
         loop {
             let start = self.endpoint.may_start(now);
             if start == Start::No {
@@ -372,6 +376,7 @@ impl Dispatch {
             }
             let Some(flow) = self.next_flow(start, now) else { return };
             if !permit() {
+                self.starved = true;
                 return;
             }
             let token = self.token();
@@ -409,8 +414,7 @@ impl Dispatch {
         if bytes > 0 && (bytes >= WINDOW_BYTES || bytes_free == 0) {
             return 0;
         }
-        let expected: usize = self.flows.iter().map(Flow::n_expected).sum();
-        self.endpoint.window().saturating_sub(self.n_pending() + expected)
+        self.endpoint.window().saturating_sub(self.n_pending())
     }
 
     fn poll_reads(&mut self, now: Instant, bytes_free: usize, actions: &mut Vec<Action>) {
@@ -418,24 +422,31 @@ impl Dispatch {
         let enough = self.endpoint.window() / 2;
         let n = self.flows.len();
         for flow in (0..n).map(|i| (self.turn + i) % n) {
-            let full = self.room(bytes_free) + self.flows[flow].n_expected() == 0;
-            if self.flows[flow].should_close(!full, now) {
+            // What a page may still bring ends no other request: a filtered one may take half an hour to bring nothing.
+            let room = self.room(bytes_free);
+            if self.flows[flow].should_close(room > 0, now) {
                 actions.push(Action::Close(flow));
             }
-            let room = self.room(bytes_free);
-            if room > 0
-                && room >= enough
-                && let Some(read) = self.flows[flow].next_read(room, now)
-            {
+            let limit = if room > 0 && room >= enough { self.page_limit(room) } else { 0 };
+            if let Some(read) = self.flows[flow].next_read(limit, now) {
                 actions.push(Action::Read(flow, read));
             }
         }
     }
 
-    /// When `poll` has to be called again though nothing happened.
+    /// How many rows the next page may bring: never all that the pages under way leave, when there are others.
+    fn page_limit(&self, room: usize) -> usize {
+        let expected: usize = self.flows.iter().map(Flow::n_expected).sum();
+        let left = room.saturating_sub(expected);
+        if self.flows.len() > 1 { left.div_ceil(2).max(1) } else { left }
+    }
+
+    /// When `poll` has to be called again though nothing happened. Never before what the last `poll` could do: what
+    /// waits for a free delivery, a permit or an answer has no deadline of its own.
     pub fn next_deadline(&self) -> Option<Instant> {
+        let may_deliver = !self.halted && !self.starved;
         // While the endpoint is down only its probe's turn counts, not what lanes wait for.
-        let lanes_count = !self.halted && self.endpoint.is_up();
+        let lanes_count = may_deliver && self.endpoint.has_free_delivery();
         let flows = self.flows.iter().flat_map(|flow| {
             let lanes = if lanes_count { flow.next_lane_deadline() } else { None };
             [flow.next_reading_deadline(), flow.next_checkpoint_deadline(), lanes]
@@ -444,7 +455,9 @@ impl Dispatch {
             Replay::Resting if !self.halted => Some(suspect.replay_at),
             Replay::Resting | Replay::Fetching | Replay::Ready(_) | Replay::Sent(_) => None,
         });
-        let probe = if self.halted || self.n_pending() == 0 { None } else { self.endpoint.next_deadline() };
+        let ready = self.suspects.iter().any(|suspect| matches!(suspect.state, Replay::Ready(_)));
+        let probes = may_deliver && (ready || self.flows.iter().any(Flow::can_probe));
+        let probe = if probes { self.endpoint.next_deadline() } else { None };
         flows.chain(suspects).chain([probe]).flatten().min()
     }
 
@@ -555,8 +568,7 @@ impl Dispatch {
                     self.drop_suspect(at);
                     continue;
                 }
-                // Only beside deliveries that succeed; a probe is for what is not dead yet.
-                Replay::Ready(_) if self.endpoint.may_start(now) == Start::Go && permit() => {
+                Replay::Ready(_) if self.may_replay(now) && permit() => {
                     let token = self.token();
                     let state = std::mem::replace(&mut self.suspects[at].state, Replay::Sent(token));
                     let Replay::Ready(event) = state else { unreachable!("matched above") };
@@ -573,13 +585,23 @@ impl Dispatch {
         }
     }
 
+    /// Beside deliveries that succeed; as a probe only when there is nothing else to probe with: that is for what
+    /// is not dead yet.
+    fn may_replay(&self, now: Instant) -> bool {
+        match self.endpoint.may_start(now) {
+            Start::Go => true,
+            Start::Probe => self.n_pending() == 0,
+            Start::No => false,
+        }
+    }
+
     fn on_replayed(&mut self, flow: FlowIndex, token: u64, outcome: Outcome, at: Moment) {
         let now = at.now;
         let sent = |suspect: &Suspect| matches!(suspect.state, Replay::Sent(t) if t == token);
         let place = self.suspects.iter().position(sent);
         // Taken or not, its letter is stored: a row that joined it is finished.
         self.flows[flow].on_finished(token, now);
-        if self.endpoint.on_replay_outcome(outcome, at) {
+        if self.endpoint.on_replay_outcome(token, outcome, at) {
             if let Some(place) = place {
                 self.outbox.push(Action::DeleteLetter(self.suspects[place].letter.id));
                 self.drop_suspect(place);

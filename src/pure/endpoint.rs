@@ -219,6 +219,8 @@ pub struct Endpoint {
     /// Lanes refused since the last delivery, different ones.
     refused: Vec<u64>,
     refusal_run: u64,
+    /// `Retry-After`: nothing goes out before, whatever comes of what was in flight when it was said.
+    hold_until: Option<Instant>,
     /// Lane and time of the first 410.
     gone_seen: Option<(u64, Instant)>,
     n_suspects: usize,
@@ -239,6 +241,7 @@ impl Endpoint {
             failed_in_a_row: 0,
             refused: Vec::new(),
             refusal_run: 0,
+            hold_until: None,
             gone_seen: None,
             n_suspects: 0,
             notices: Vec::new(),
@@ -275,6 +278,11 @@ impl Endpoint {
         matches!(self.state, State::Up { .. })
     }
 
+    /// Whether it takes deliveries in order of arrival, and one more now.
+    pub fn has_free_delivery(&self) -> bool {
+        self.hold_until.is_none() && matches!(self.state, State::Up { allowed } if self.in_flight < allowed)
+    }
+
     /// Deliveries in flight.
     pub fn n_in_flight(&self) -> usize {
         self.in_flight
@@ -297,6 +305,9 @@ impl Endpoint {
 
     /// Whether a delivery may start at `now`.
     pub fn may_start(&self, now: Instant) -> Start {
+        if self.hold_until.is_some_and(|until| now < until) {
+            return Start::No;
+        }
         match self.state {
             State::Up { allowed } if self.in_flight < allowed => Start::Go,
             State::Down { probe_at, probing: None, .. } if probe_at <= now => Start::Probe,
@@ -307,8 +318,9 @@ impl Endpoint {
     /// When `may_start` changes by time alone.
     pub fn next_deadline(&self) -> Option<Instant> {
         match self.state {
+            State::Up { .. } => self.hold_until,
             State::Down { probe_at, probing: None, .. } => Some(probe_at),
-            State::Up { .. } | State::Down { .. } | State::Gone => None,
+            State::Down { .. } | State::Gone => None,
         }
     }
 
@@ -316,6 +328,8 @@ impl Endpoint {
     pub fn on_start(&mut self, token: u64, trial: &mut Trial) {
         trial.attempts += 1;
         self.in_flight += 1;
+        // Whoever starts was allowed to: the time is over.
+        self.hold_until = None;
         if let State::Down { probing, .. } = &mut self.state {
             *probing = Some(token);
         }
@@ -363,14 +377,19 @@ impl Endpoint {
     }
 
     /// What came of a suspect that was sent again: `true` when it was taken. Its failure says nothing new about
-    /// the endpoint.
-    pub fn on_replay_outcome(&mut self, outcome: Outcome, at: Moment) -> bool {
-        self.in_flight -= 1;
+    /// the endpoint, unless that cannot be reached.
+    pub fn on_replay_outcome(&mut self, token: u64, outcome: Outcome, at: Moment) -> bool {
+        let was_probe = matches!(self.state, State::Down { probing, .. } if probing == Some(token));
+        self.on_given_back(token);
         let taken = class(outcome, &self.settings.dead_letter_on) == Class::Delivered;
         if taken {
             self.on_delivered();
-        } else if outcome == Outcome::Unreachable && matches!(self.state, State::Up { .. }) {
-            self.go_down(DownReason::Unreachable, None, false, at);
+        } else if outcome == Outcome::Unreachable {
+            match self.state {
+                State::Up { .. } => self.go_down(DownReason::Unreachable, None, false, at),
+                State::Down { .. } => self.probe_failed(was_probe, DownReason::Unreachable, None, at),
+                State::Gone => {}
+            }
         }
         taken
     }
@@ -437,7 +456,12 @@ impl Endpoint {
     }
 
     fn on_gone(&mut self, trial: &mut Trial, lane: u64, was_probe: bool, at: Moment) -> Verdict {
+        // To one event again and again, while others are taken: then it is the event. It would hold the position
+        // for ever, because each delivery between shows that the endpoint is not gone.
+        self.n_failed += 1;
+        self.strike(trial);
         match self.gone_seen {
+            _ if self.is_gone() => {}
             Some((first, first_at)) if first != lane || at.now >= first_at + GONE_AGAIN => {
                 self.state = State::Gone;
                 self.notices.push(Notice::Gone);
@@ -470,8 +494,12 @@ impl Endpoint {
             }
             Outcome::Unreachable | Outcome::Timeout | Outcome::Broken => None,
         };
+        self.hold_until = self.hold_until.max(retry_after);
         let unreachable = outcome == Outcome::Unreachable;
-        if !unreachable {
+        if unreachable {
+            // Only an endpoint that does answer has had its time (`give_up_after`): an outage starts it anew.
+            trial.answered_since = None;
+        } else {
             self.strike(trial);
             trial.answered_since.get_or_insert(at.now);
         }
@@ -605,3 +633,6 @@ impl Trial {
         self.looked_up = false;
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -8,7 +8,7 @@
 //!
 //! ```text
 //!  Open --ok--> Page --full--> Page ... --not full--> Wait --timeout--> Wait ...
-//!   ^            |                                     |  filtered: after `feed_rotate`, closed, one Page
+//!   ^            |                                     |  after `rotate`: closed, one Page
 //!   |            '---- no room: closed, Page later ----'
 //!   '-- any error, mark changed: wait a little, then Open: read mark, checkpoint, begin behind it
 //! ```
@@ -29,8 +29,9 @@ const TOLD_MAX: usize = 10_000;
 const BEYOND_MAX: usize = 1_000;
 /// The first checkpoint after the first delivery comes this soon: kills that come faster must not stop it moving.
 const CHECKPOINT_FIRST: Duration = Duration::from_millis(200);
-/// A subscription that falls idle stores at once, but not more often than this.
-const CHECKPOINT_IDLE: Duration = Duration::from_millis(500);
+/// A subscription that falls idle stores after this share of the interval: at once after the first events, within a
+/// second later. A trickle of one event a second must not cost a write a second (4 KiB of file each, CONTRACT §9).
+const CHECKPOINT_QUIET: u32 = 5;
 /// Waits after errors of reading; the last repeats.
 const REOPEN_AFTER: [Duration; 5] = [
     Duration::from_millis(100),
@@ -39,10 +40,10 @@ const REOPEN_AFTER: [Duration; 5] = [
     Duration::from_secs(2),
     Duration::from_secs(5),
 ];
-/// Wait after the same fault at the same position, [`SAME_FAULTS`] times.
-const REOPEN_FAULTY: Duration = Duration::from_secs(300);
-/// So often the same fault at the same position is tried at the usual pace.
-const SAME_FAULTS: u32 = 3;
+/// Waits after the same fault at the same position; the last repeats. A server that is being started may answer
+/// 500 for some seconds: that must not cost five minutes.
+const REFUSED_AFTER: [Duration; 3] =
+    [Duration::from_secs(1), Duration::from_secs(10), Duration::from_secs(300)];
 /// A first page that has more than this ahead, and half of the database, means that the feed was rewound.
 const REWOUND_CHANGES: u64 = 10_000;
 
@@ -85,6 +86,8 @@ pub enum Read {
 pub enum ReadFault {
     /// The database bears another mark, or its server was restarted (1.x): open anew, at once.
     Changed,
+    /// CouchDB does not know the position: read from the beginning, what was told is recognised.
+    BadPosition,
     /// CouchDB refuses this request: missing filter, filter that throws, rows that cannot be read.
     Refused,
     /// Everything else: connection, timeout, login, no database.
@@ -144,14 +147,19 @@ enum Next {
 /// The machine.
 #[derive(Debug)]
 pub struct Flow {
-    /// With a filter on CouchDB's side an open request may never end by itself.
-    rotate: Option<Duration>,
+    /// An open request may never end by itself: a filtered one does not (CONTRACT §6), nor does one on a busy
+    /// database, nor pouchdb-server's on a deleted one.
+    rotate: Duration,
+    /// Rows of a page, at most.
+    page_rows: usize,
     reading: Reading,
     next: Next,
     first_page: bool,
     doc_count: u64,
     failures: u32,
     same_fault: (Option<Seq>, u32),
+    /// The stored position is not of this server.
+    position_unknown: bool,
     mark: Option<String>,
     watermark: Watermark,
     lanes: Lanes,
@@ -164,16 +172,19 @@ pub struct Flow {
 }
 
 impl Flow {
-    /// `filtered`: CouchDB filters this feed; then a request is read anew every `rotate`. `strict`: one lane.
-    pub fn new(strict: bool, filtered: bool, rotate: Duration, checkpoint_interval: Duration) -> Flow {
+    /// `strict`: one lane. An open request is closed after `rotate` and a page read, so that the position moves
+    /// though a filter drops everything, and so that the database is looked at again.
+    pub fn new(strict: bool, rotate: Duration, checkpoint_interval: Duration) -> Flow {
         Flow {
-            rotate: filtered.then_some(rotate),
+            rotate,
+            page_rows: PAGE_ROWS,
             reading: Reading::Idle,
             next: Next::Open,
             first_page: true,
             doc_count: 0,
             failures: 0,
             same_fault: (None, 0),
+            position_unknown: false,
             mark: None,
             watermark: Watermark::new(Seq::zero(), 0),
             lanes: Lanes::new(strict),
@@ -183,6 +194,13 @@ impl Flow {
             clock: CheckpointClock::new(checkpoint_interval),
             notices: Vec::new(),
         }
+    }
+
+    /// With other pages, so that a test of a few rows has full ones.
+    #[cfg(test)]
+    #[must_use]
+    pub fn with_page_rows(self, page_rows: usize) -> Flow {
+        Flow { page_rows, ..self }
     }
 
     /// The lanes, for whoever starts deliveries.
@@ -198,6 +216,11 @@ impl Flow {
     /// What they weigh, in bytes.
     pub fn bytes(&self) -> usize {
         self.lanes.bytes()
+    }
+
+    /// Whether there is something for a probe to take.
+    pub fn can_probe(&self) -> bool {
+        self.lanes.can_probe()
     }
 
     /// Rows that a page in progress may still bring.
@@ -238,7 +261,7 @@ impl Flow {
                 Some(Read::Open)
             }
             Next::Page => {
-                let limit = room.min(PAGE_ROWS);
+                let limit = room.min(self.page_rows);
                 self.reading = Reading::Page { limit, n_rows: 0 };
                 Some(Read::Page { since: self.watermark.read_seq().clone(), limit })
             }
@@ -253,10 +276,9 @@ impl Flow {
     /// Once true, the shell closes and answers with `on_end` or `on_read_failed`.
     pub fn should_close(&mut self, has_room: bool, now: Instant) -> bool {
         let close = match self.reading {
-            Reading::Page { .. } => !has_room,
-            Reading::Waiting { since } => {
-                !has_room || self.rotate.is_some_and(|rotate| now >= since + rotate)
-            }
+            // A full one ends by itself.
+            Reading::Page { limit, n_rows } => !has_room && n_rows < limit,
+            Reading::Waiting { since } => !has_room || now >= since + self.rotate,
             Reading::Idle | Reading::Parked(_) | Reading::Opening | Reading::Closing => false,
         };
         if close {
@@ -275,7 +297,7 @@ impl Flow {
     pub fn next_reading_deadline(&self) -> Option<Instant> {
         match self.reading {
             Reading::Parked(until) => Some(until),
-            Reading::Waiting { since } => self.rotate.map(|rotate| since + rotate),
+            Reading::Waiting { since } => Some(since + self.rotate),
             Reading::Idle | Reading::Opening | Reading::Page { .. } | Reading::Closing => None,
         }
     }
@@ -291,7 +313,10 @@ impl Flow {
         }
         let checkpoint = opened.checkpoint.filter(|_| !opened.recreated);
         self.clock.opened(opened.rev, checkpoint.as_ref().map(|(through_seq, _)| through_seq));
-        let (through_seq, delivered) = checkpoint.unwrap_or_else(|| (Seq::zero(), Vec::new()));
+        let (mut through_seq, delivered) = checkpoint.unwrap_or_else(|| (Seq::zero(), Vec::new()));
+        if std::mem::take(&mut self.position_unknown) {
+            through_seq = Seq::zero();
+        }
         self.mark = Some(opened.mark);
         self.watermark = Watermark::new(through_seq, self.watermark.next_ordinal());
         self.beyond = Beyond::default();
@@ -356,7 +381,10 @@ impl Flow {
         };
         if to_the_end {
             self.watermark.arrive_finished(last_seq);
-            self.restored.clear();
+            if !std::mem::take(&mut self.restored).is_empty() {
+                // The stored checkpoint still names them, and would suppress them after the next start.
+                self.beyond.version += 1;
+            }
         }
         self.next = if to_the_end { Next::Wait } else { Next::Page };
         self.failures = 0;
@@ -378,21 +406,26 @@ impl Flow {
     /// Opening or reading failed. Whatever follows begins at the stored checkpoint.
     pub fn on_read_failed(&mut self, fault: ReadFault, now: Instant) {
         self.next = Next::Open;
-        if fault == ReadFault::Changed {
+        if fault == ReadFault::Changed && self.failures == 0 {
+            // At once, but not again and again: 1.x gives an idle database another life whenever it opens its file.
+            self.failures = 1;
             self.reading = Reading::Idle;
             return;
         }
-        let at = self.watermark.read_seq().clone();
-        if fault == ReadFault::Refused && self.same_fault.0.as_ref() == Some(&at) {
-            self.same_fault.1 += 1;
-        } else if fault == ReadFault::Refused {
-            self.same_fault = (Some(at), 1);
-        }
         self.failures += 1;
-        let pause = if fault == ReadFault::Refused && self.same_fault.1 >= SAME_FAULTS {
-            REOPEN_FAULTY
-        } else {
-            REOPEN_AFTER[(self.failures as usize - 1).min(REOPEN_AFTER.len() - 1)]
+        let step = |steps: &[Duration], n: u32| steps[(n as usize - 1).min(steps.len() - 1)];
+        let pause = match fault {
+            ReadFault::Refused => {
+                let at = self.watermark.read_seq().clone();
+                let n = if self.same_fault.0.as_ref() == Some(&at) { self.same_fault.1 } else { 0 };
+                self.same_fault = (Some(at), n + 1);
+                step(&REFUSED_AFTER, n + 1)
+            }
+            ReadFault::BadPosition => {
+                self.position_unknown = true;
+                step(&REOPEN_AFTER, self.failures)
+            }
+            ReadFault::Changed | ReadFault::Lost => step(&REOPEN_AFTER, self.failures),
         };
         self.reading = Reading::Parked(now + pause);
     }
@@ -452,11 +485,11 @@ impl Flow {
 
     /// The checkpoint to store now, if one is due; answered by `on_checkpoint_stored` or `on_checkpoint_failed`.
     pub fn next_checkpoint(&mut self, now: Instant) -> Option<Position> {
-        let mark = self.mark.clone()?;
         // While a feed is being opened the stored one is being read: one of both would be stale.
         if self.reading == Reading::Opening || !self.clock.is_due(now) {
             return None;
         }
+        let mark = self.mark.clone()?;
         let mut delivered: Vec<u64> = self.beyond.shorts().chain(self.restored.iter().copied()).collect();
         delivered.truncate(BEYOND_MAX);
         let through_seq = self.watermark.through_seq().clone();
@@ -466,12 +499,14 @@ impl Flow {
 
     /// When the next checkpoint is due.
     pub fn next_checkpoint_deadline(&self) -> Option<Instant> {
-        if self.clock.writing || self.mark.is_none() { None } else { self.clock.due }
+        // While a feed is being opened none is given either.
+        let none = self.clock.writing || self.mark.is_none() || self.reading == Reading::Opening;
+        if none { None } else { self.clock.deadline() }
     }
 
     /// Stored, under this `_rev`.
     pub fn on_checkpoint_stored(&mut self, rev: String, now: Instant) {
-        self.clock.done(rev, now);
+        self.clock.done(rev);
         self.settle(now);
     }
 
@@ -572,8 +607,10 @@ struct CheckpointClock {
     stored: Option<(Seq, u64)>,
     in_progress: Option<(Seq, u64)>,
     writing: bool,
+    /// By the interval.
     due: Option<Instant>,
-    last_write: Option<Instant>,
+    /// Because nothing is unfinished; moves on with every event.
+    quiet_at: Option<Instant>,
 }
 
 impl CheckpointClock {
@@ -586,14 +623,14 @@ impl CheckpointClock {
             in_progress: None,
             writing: false,
             due: None,
-            last_write: None,
+            quiet_at: None,
         }
     }
 
     fn opened(&mut self, rev: Option<String>, through_seq: Option<&Seq>) {
         self.stored = through_seq.map(|through_seq| (through_seq.clone(), 0));
         self.rev = rev;
-        self.due = None;
+        (self.due, self.quiet_at) = (None, None);
         self.interval = CHECKPOINT_FIRST.min(self.interval_max);
     }
 
@@ -603,31 +640,31 @@ impl CheckpointClock {
 
     fn settle(&mut self, moved: bool, idle: bool, now: Instant) {
         if !moved {
-            self.due = None;
+            (self.due, self.quiet_at) = (None, None);
             return;
         }
-        let due = *self.due.get_or_insert(now + self.interval);
-        if idle {
-            let soon = self.last_write.map_or(now, |last| now.max(last + CHECKPOINT_IDLE));
-            self.due = Some(due.min(soon));
-        }
+        self.due.get_or_insert(now + self.interval);
+        self.quiet_at = idle.then_some(now + self.interval / CHECKPOINT_QUIET);
+    }
+
+    fn deadline(&self) -> Option<Instant> {
+        self.due.into_iter().chain(self.quiet_at).min()
     }
 
     fn is_due(&self, now: Instant) -> bool {
-        !self.writing && self.due.is_some_and(|due| due <= now)
+        !self.writing && self.deadline().is_some_and(|due| due <= now)
     }
 
     fn start(&mut self, through_seq: &Seq, beyond: u64) {
         self.writing = true;
-        self.due = None;
+        (self.due, self.quiet_at) = (None, None);
         self.in_progress = Some((through_seq.clone(), beyond));
     }
 
-    fn done(&mut self, rev: String, now: Instant) {
+    fn done(&mut self, rev: String) {
         self.writing = false;
         self.rev = Some(rev);
         self.stored = self.in_progress.take();
-        self.last_write = Some(now);
         self.interval = (self.interval * 2).min(self.interval_max);
     }
 
@@ -637,3 +674,6 @@ impl CheckpointClock {
         self.due = Some(now + self.interval_max.min(Duration::from_secs(1)));
     }
 }
+
+#[cfg(test)]
+mod tests;

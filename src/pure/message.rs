@@ -12,6 +12,7 @@ use serde_json::value::RawValue;
 use sha2::{Digest, Sha256};
 
 use crate::pure::changes::{Row, RowDoc};
+use crate::pure::document::{Document, Head};
 use crate::pure::seq::Seq;
 
 /// The stable identity of one thing told to one webhook: `msg_` and 32 hex digits.
@@ -44,8 +45,12 @@ impl WebhookId {
 
 impl fmt::Display for WebhookId {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("msg_")?;
-        self.0.iter().try_for_each(|byte| write!(f, "{byte:02x}"))
+        const HEX: &[u8; 16] = b"0123456789abcdef";
+        let mut text = *b"msg_00000000000000000000000000000000";
+        for (pair, byte) in text[4..].chunks_exact_mut(2).zip(self.0) {
+            pair.copy_from_slice(&[HEX[usize::from(byte >> 4)], HEX[usize::from(byte & 15)]]);
+        }
+        f.write_str(std::str::from_utf8(&text).expect("hex digits are ASCII"))
     }
 }
 
@@ -65,7 +70,7 @@ pub enum EventDoc {
     /// CouchDB gave `null`.
     Gone,
     /// The JSON text as CouchDB sent it.
-    Json(Box<RawValue>),
+    Json(Document),
 }
 
 /// A change of a document, ready to be told.
@@ -195,17 +200,6 @@ pub struct Telling {
     pub payload_bytes_max: usize,
 }
 
-/// The members of a document that decide what an event is about.
-#[derive(Deserialize)]
-struct Envelope {
-    #[serde(rename = "_rev")]
-    rev: Option<String>,
-    #[serde(rename = "_deleted", default)]
-    deleted: bool,
-    #[serde(rename = "_conflicts", default)]
-    conflicts: Vec<String>,
-}
-
 impl Telling {
     /// Judges a row, read at `read_at` from the database that bears `mark`.
     pub fn arrived(&self, row: Row, mark: &str, read_at: Timestamp) -> Arrived {
@@ -219,15 +213,15 @@ impl Telling {
     }
 
     fn event(&self, row: Row, mark: &str, read_at: Timestamp) -> Event {
-        let Row { seq, id: doc_id, mut revs, deleted, doc } = row;
+        let Row { seq, id: doc_id, mut revs, deleted, mut doc } = row;
         // The members decide only where there are any: a body may be newer than its row.
-        let envelope: Option<Envelope> = match &doc {
-            RowDoc::Json(doc) => serde_json::from_str(doc.get()).ok(),
+        let head = match &mut doc {
+            RowDoc::Json(doc) => doc.take_head(),
             RowDoc::Absent | RowDoc::Null | RowDoc::TooLarge { .. } => None,
         };
         let row_rev = if revs.is_empty() { String::new() } else { revs.remove(0) };
-        let (rev, deleted, mut conflicts) = match envelope {
-            Some(Envelope { rev: Some(rev), deleted, conflicts }) => (rev, deleted, conflicts),
+        let (rev, deleted, mut conflicts) = match head {
+            Some(Head { rev: Some(rev), deleted, conflicts }) => (rev, deleted, conflicts),
             // Without a body only the row's leaves are known, deleted ones among them.
             _ => (row_rev, deleted, revs),
         };
@@ -253,7 +247,7 @@ impl Telling {
             RowDoc::TooLarge { bytes } => EventDoc::TooLarge(bytes),
             RowDoc::Json(doc) => {
                 let redaction = Redaction::of_db(&self.db);
-                let doc = if redaction == Redaction::None { doc } else { redact(&doc, redaction) };
+                let doc = if redaction == Redaction::None { doc } else { redact(doc.get(), redaction) };
                 if deleted && !has_own_members(doc.get()) {
                     EventDoc::Absent
                 } else if doc.get().len() > self.payload_bytes_max {
@@ -269,60 +263,65 @@ impl Telling {
     ///
     /// `{"id":"msg_5f…","type":"document.updated","timestamp":"2026-11-21T20:46:41.123Z","source":"…","data":{…}}`
     pub fn body(&self, event: &Event) -> Vec<u8> {
-        let mut out = String::with_capacity(event.bytes() + 200);
-        out.push_str("{\"id\":\"");
+        let mut out = Vec::with_capacity(event.bytes() + 200);
+        push_str(&mut out, "{\"id\":\"");
         push(&mut out, event.id);
-        out.push_str("\",\"type\":\"");
-        out.push_str(event.event_type());
-        out.push_str("\",\"timestamp\":\"");
+        push_str(&mut out, "\",\"type\":\"");
+        push_str(&mut out, event.event_type());
+        push_str(&mut out, "\",\"timestamp\":\"");
         push(&mut out, Rfc3339(event.read_at));
-        out.push_str("\",\"source\":");
+        push_str(&mut out, "\",\"source\":");
         push_text(&mut out, &self.source);
-        out.push_str(",\"data\":{\"webhook\":");
+        push_str(&mut out, ",\"data\":{\"webhook\":");
         push_text(&mut out, &self.webhook);
-        out.push_str(",\"db\":");
+        push_str(&mut out, ",\"db\":");
         push_text(&mut out, &self.db);
-        out.push_str(",\"id\":");
+        push_str(&mut out, ",\"id\":");
         push_text(&mut out, &event.doc_id);
-        out.push_str(",\"rev\":");
+        push_str(&mut out, ",\"rev\":");
         push_text(&mut out, &event.rev);
         if let Some(generation) = generation(&event.rev) {
-            out.push_str(",\"generation\":");
+            push_str(&mut out, ",\"generation\":");
             push(&mut out, generation);
         }
-        out.push_str(if event.deleted { ",\"deleted\":true" } else { ",\"deleted\":false" });
+        push_str(&mut out, if event.deleted { ",\"deleted\":true" } else { ",\"deleted\":false" });
         if self.conflicts {
-            out.push_str(",\"conflicts\":");
-            out.push_str(&serde_json::to_string(&event.conflicts).expect("texts serialize"));
+            push_str(&mut out, ",\"conflicts\":");
+            serde_json::to_writer(&mut out, &event.conflicts).expect("texts serialize");
         }
         if let Some(seq) = &event.seq {
-            out.push_str(",\"seq\":");
-            out.push_str(seq.as_json());
+            push_str(&mut out, ",\"seq\":");
+            push_str(&mut out, seq.as_json());
         }
         match &event.doc {
             EventDoc::Absent => {}
-            EventDoc::Gone => out.push_str(",\"doc_omitted\":{\"reason\":\"gone\"}"),
+            EventDoc::Gone => push_str(&mut out, ",\"doc_omitted\":{\"reason\":\"gone\"}"),
             EventDoc::TooLarge(bytes) => {
-                out.push_str(",\"doc_omitted\":{\"reason\":\"too_large\",\"bytes\":");
+                push_str(&mut out, ",\"doc_omitted\":{\"reason\":\"too_large\",\"bytes\":");
                 push(&mut out, bytes);
-                out.push('}');
+                out.push(b'}');
             }
             EventDoc::Json(doc) => {
-                out.push_str(",\"doc\":");
-                out.push_str(doc.get());
+                push_str(&mut out, ",\"doc\":");
+                push_str(&mut out, doc.get());
             }
         }
-        out.push_str("}}");
-        out.into_bytes()
+        push_str(&mut out, "}}");
+        out
     }
 }
 
-fn push(out: &mut String, value: impl fmt::Display) {
-    fmt::Write::write_fmt(out, format_args!("{value}")).expect("a String takes all text");
+fn push_str(out: &mut Vec<u8>, text: &str) {
+    out.extend_from_slice(text.as_bytes());
 }
 
-fn push_text(out: &mut String, text: &str) {
-    out.push_str(&serde_json::to_string(text).expect("text serializes"));
+fn push(out: &mut Vec<u8>, value: impl fmt::Display) {
+    std::io::Write::write_fmt(out, format_args!("{value}")).expect("memory takes all text");
+}
+
+/// Appends a text as JSON.
+fn push_text(out: &mut Vec<u8>, text: &str) {
+    serde_json::to_writer(out, text).expect("text serializes");
 }
 
 /// A time in UTC with milliseconds: `2026-11-21T20:46:41.123Z`.
@@ -386,21 +385,22 @@ fn has_own_members(doc: &str) -> bool {
 }
 
 /// Keeps the allow-listed members only. An unreadable document keeps none.
-fn redact(doc: &RawValue, redaction: Redaction) -> Box<RawValue> {
+fn redact(doc: &str, redaction: Redaction) -> Document {
     let allowed = redaction.allowed();
-    let mut out = String::from("{");
-    for (name, value) in members(doc.get()) {
+    let mut out = b"{".to_vec();
+    for (name, value) in members(doc) {
         if matches!(name.as_str(), "_id" | "_rev" | "_deleted") || allowed.contains(&name.as_str()) {
             if out.len() > 1 {
-                out.push(',');
+                out.push(b',');
             }
             push_text(&mut out, &name);
-            out.push(':');
-            out.push_str(value.get());
+            out.push(b':');
+            push_str(&mut out, value.get());
         }
     }
-    out.push('}');
-    RawValue::from_string(out).expect("members of an object make an object")
+    out.push(b'}');
+    let out = String::from_utf8(out).expect("texts are UTF-8");
+    Document::parse(out).expect("members of an object make an object")
 }
 
 #[cfg(test)]
@@ -426,8 +426,7 @@ mod tests {
             id: "order:17".into(),
             revs: vec![rev.into()],
             deleted,
-            doc: doc
-                .map_or(RowDoc::Absent, |doc| RowDoc::Json(RawValue::from_string(doc.to_owned()).unwrap())),
+            doc: doc.map_or(RowDoc::Absent, |doc| RowDoc::Json(Document::parse(doc.to_owned()).unwrap())),
         }
     }
 

@@ -3,6 +3,7 @@
 pub mod changes;
 pub mod checkpoint;
 pub mod dispatch;
+pub mod document;
 pub mod endpoint;
 pub mod excerpt;
 pub mod flow;
@@ -12,6 +13,7 @@ pub mod log_limit;
 pub mod login;
 pub mod message;
 pub mod os_daemon;
+pub mod redact;
 pub mod retry;
 mod scan;
 pub mod secret;

@@ -122,6 +122,9 @@ impl Feed {
         let number = |key: &str| request.query_value(key).and_then(|value| value.parse::<u64>().ok());
         let rewind = take_one(&mut state.quirks.rewinds);
         let since = if rewind { "0" } else { request.query_value("since").unwrap_or("0") };
+        if since != "0" && take_one(&mut state.quirks.unknown_seqs) {
+            return Err(seqs::unknown(flavour));
+        }
         let at = seqs::read(db, flavour, since)?;
         let limit = number("limit").map_or(usize::MAX, |limit| usize::try_from(limit).unwrap_or(usize::MAX));
         let heartbeat = match request.query_value("heartbeat") {
@@ -265,7 +268,7 @@ impl Feed {
     }
 
     fn look(&mut self, state: &mut State) -> Look {
-        let State { databases, rng, quirks, .. } = state;
+        let State { databases, rng, quirks, n_scanned, .. } = state;
         let Some(db) = databases.get(&self.db).filter(|db| db.incarnation == self.incarnation) else {
             return Look::Gone;
         };
@@ -275,6 +278,7 @@ impl Feed {
             let mut place = self.at.clone();
             let Some((id, doc)) = db.next(&mut place, end.as_ref(), &mut |n| rng.usize(..n)) else { break };
             n_looked_at += 1;
+            *n_scanned += 1;
             match self.passes(&id, doc) {
                 Err(reason) => return Look::Thrown(rows, reason),
                 Ok(passes) => {

@@ -312,6 +312,11 @@ impl Seen<'_> {
         self.0.n_open_feeds
     }
 
+    /// Changes that all feeds together have looked at so far, whether a filter let them pass or not.
+    pub fn n_scanned(&self) -> u64 {
+        self.0.n_scanned
+    }
+
     /// As [`StandIn::winner`].
     pub fn winner(&self, db: &str, id: &str) -> Option<Winner> {
         let doc = self.0.databases.get(db)?.doc(id)?;
@@ -361,6 +366,8 @@ pub(crate) struct State {
     pub(crate) filters: BTreeMap<String, FilterFunction>,
     pub(crate) wrong_logins: BTreeMap<String, u32>,
     pub(crate) n_open_feeds: usize,
+    /// Changes that feeds have looked at, passed or not.
+    pub(crate) n_scanned: u64,
     pub(crate) rng: fastrand::Rng,
     pub(crate) stopped: bool,
     requests: VecDeque<Logged>,
@@ -407,6 +414,7 @@ impl State {
             filters: BTreeMap::new(),
             wrong_logins: BTreeMap::new(),
             n_open_feeds: 0,
+            n_scanned: 0,
             rng: fastrand::Rng::with_seed(options.seed),
             stopped: false,
             requests: VecDeque::new(),
@@ -458,13 +466,25 @@ fn handle(world: &World, request: &Request, answer: Answer<'_>) {
         state.log(request);
         (state.quirks.take_fault(request), state.quirks.slow)
     });
-    if let Some(slow) = slow {
-        world.pause(slow, || answer.peer_gone());
+    let late = match fault {
+        Some(FaultKind::Late(late)) => Some(late),
+        _ => slow,
+    };
+    if let Some(late) = late {
+        world.pause(late, || answer.peer_gone());
+        if world.lock().stopped {
+            return answer.cut();
+        }
     }
     let reply = match fault {
         Some(FaultKind::Cut) => return answer.cut(),
         Some(FaultKind::Hang) => return world.pause(Duration::from_secs(3600), || answer.peer_gone()),
         Some(FaultKind::Html(status)) => Reply::html(status),
+        Some(FaultKind::Body(bytes)) => {
+            // The peer may be gone already.
+            let _ = answer.send(200, &[("Content-Type", "application/json")], bytes);
+            return;
+        }
         Some(FaultKind::Status(status)) => {
             Reply::refusal(&Refusal::new(status, "unknown_error", "made by a fault"))
         }
@@ -472,8 +492,10 @@ fn handle(world: &World, request: &Request, answer: Answer<'_>) {
             world.change(|state| routes::reply(state, request));
             return answer.cut();
         }
-        None if routes::is_changes(request) => return changes_feed::answer(world, request, answer),
-        None => world.change(|state| routes::reply(state, request)),
+        None | Some(FaultKind::Late(_)) if routes::is_changes(request) => {
+            return changes_feed::answer(world, request, answer);
+        }
+        None | Some(FaultKind::Late(_)) => world.change(|state| routes::reply(state, request)),
     };
     let flavour = world.lock().flavour;
     // The peer may be gone already; then nobody is left to be told.

@@ -28,10 +28,16 @@ pub struct Quirks {
     pub rewinds: u32,
     /// The next so many rows have `"doc":null` where documents are asked for.
     pub null_docs: u32,
+    /// The next so many feeds from anywhere but the beginning are refused: not a position of this server.
+    pub unknown_seqs: u32,
     /// Every answer comes this much later.
     pub slow: Option<Duration>,
     /// A feed stays open and silent when its database is deleted, as pouchdb-server's.
     pub feeds_outlive_database: bool,
+    /// `instance_start_time` is `"0"`, as on 2.0 to 3.2.
+    pub no_creation_time: bool,
+    /// Nodes of the cluster beside the one that answers.
+    pub n_other_nodes: usize,
 }
 
 /// An answer to make instead of the right one.
@@ -52,10 +58,14 @@ pub enum FaultKind {
     Html(u16),
     /// This status and CouchDB's kind of body: `{"error":"unknown_error","reason":"made by a fault"}`.
     Status(u16),
+    /// 200 and these bytes, a whole body.
+    Body(&'static [u8]),
     /// The connection is closed without an answer.
     Cut,
     /// No answer at all, until the peer goes or the server stops.
     Hang,
+    /// It is done this much later, or not at all when the server stops before.
+    Late(Duration),
     /// It is done, but the connection is closed before the answer.
     CutAfterDoing,
 }

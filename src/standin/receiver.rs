@@ -321,7 +321,7 @@ pub struct ReceiveOptions {
 ///
 /// # Errors
 /// `Io` when the address cannot be had.
-pub fn run_receive(options: &ReceiveOptions, out: &mut dyn Write, stop: &Inbox<()>) -> Result<u8> {
+pub fn run_receive<T>(options: &ReceiveOptions, out: &mut dyn Write, stop: &Inbox<T>) -> Result<u8> {
     let (printer, printed) = bounded(PRINT_QUEUE);
     let receiver_options =
         ReceiverOptions { listen: options.listen, ..ReceiverOptions::new(options.secrets.clone()) };

@@ -191,7 +191,9 @@ fn route(state: &mut State, request: &Request) -> Outcome {
             if current {
                 need_admin(&who)?;
             }
-            Ok(Reply::ok(format!(r#"{{"all_nodes":["{NODE}"],"cluster_nodes":["{NODE}"]}}"#)))
+            let others = (1..=state.quirks.n_other_nodes).map(|n| format!(r#","couchdb@10.0.0.{n}""#));
+            let nodes = format!(r#"["{NODE}"{}]"#, others.collect::<String>());
+            Ok(Reply::ok(format!(r#"{{"all_nodes":{nodes},"cluster_nodes":{nodes}}}"#)))
         }
         ("GET", ["_session"]) => Ok(session(&who)),
         ("GET", ["_all_dbs"]) => {
@@ -203,6 +205,10 @@ fn route(state: &mut State, request: &Request) -> Outcome {
         }
         ("POST", ["_dbs_info"]) if !old => dbs_info(state, request),
         (_, ["_config", rest @ ..]) if old => config(state, &who, method, rest, &request.body),
+        ("GET", ["_node", "_local"]) if current => Ok(Reply::ok(format!(r#"{{"name":"{NODE}"}}"#))),
+        ("GET", ["_node", _]) if !old => {
+            Err(Refusal::new(400, "bad_request", "Incomplete path to _node request"))
+        }
         (_, ["_node", "_local" | NODE, "_config", rest @ ..]) if !old => {
             config(state, &who, method, rest, &request.body)
         }
@@ -266,7 +272,7 @@ fn info(state: &mut State, name: &str) -> Option<String> {
         ),
         Flavour::V3 => format!(
             r#"{{"instance_start_time":"{}","db_name":{name},"purge_seq":"0-g1AAAABdeJzLYWBg","update_seq":{seq},"sizes":{{"file":57746,"external":377,"active":2113}},"props":{{}},"doc_del_count":{n_deleted},"doc_count":{n_live},"disk_format_version":8,"compact_running":false,"cluster":{{"q":{},"n":1,"w":1,"r":1}}}}"#,
-            db.created_seconds,
+            if state.quirks.no_creation_time { 0 } else { db.created_seconds },
             db.end().0.len()
         ),
     })

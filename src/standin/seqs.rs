@@ -42,19 +42,26 @@ pub(crate) fn read(db: &Database, flavour: Flavour, since: &str) -> Result<Place
         return Ok(db.end());
     }
     if flavour == Flavour::V1 {
-        let badarg = |_| Refusal::new(500, "unknown_error", "badarg");
-        return since.parse::<u64>().map(|seq| Place(vec![seq])).map_err(badarg);
+        return since.parse::<u64>().map(|seq| Place(vec![seq])).map_err(|_| unknown(flavour));
     }
     if since == "0" || since.is_empty() {
         return Ok(db.beginning());
     }
-    let malformed = || Refusal::new(400, "bad_request", "Malformed sequence supplied in 'since' parameter.");
+    let malformed = || unknown(flavour);
     let (with_ids, incarnation, place) = decode(since.trim_matches('"')).ok_or_else(malformed)?;
     if incarnation != db.incarnation {
         // Without the shards' ids 2.x takes the numbers for its own: none of the rows come.
         return Ok(if flavour == Flavour::V2 && !with_ids { db.end() } else { db.beginning() });
     }
     if place.0.len() == db.end().0.len() { Ok(place) } else { Err(malformed()) }
+}
+
+/// What is said of a seq that is none of this server's.
+pub(crate) fn unknown(flavour: Flavour) -> Refusal {
+    match flavour {
+        Flavour::V1 => Refusal::new(500, "unknown_error", "badarg"),
+        _ => Refusal::new(400, "bad_request", "Malformed sequence supplied in 'since' parameter."),
+    }
 }
 
 fn decode(since: &str) -> Option<(bool, u64, Place)> {

@@ -11,6 +11,8 @@ use std::process::{Child, ChildStdin, Command, ExitStatus, Stdio};
 use std::sync::{Arc, Condvar, Mutex};
 use std::time::{Duration, Instant};
 
+use crate::world::assert_no_secret;
+
 /// How long anything may take before a test gives up and prints what happened.
 pub(crate) const WAIT_MAX: Duration = Duration::from_secs(10);
 
@@ -91,7 +93,13 @@ impl Host {
         Host::start_program(env!("CARGO_BIN_EXE_couch-hookd"), ini, arguments, environment)
     }
 
-    fn start_program(program: &str, ini: &str, arguments: &[&str], environment: &[(&str, &str)]) -> Host {
+    /// Starts something else that speaks as the daemon does.
+    pub(crate) fn start_program(
+        program: &str,
+        ini: &str,
+        arguments: &[&str],
+        environment: &[(&str, &str)],
+    ) -> Host {
         let shared = Shared {
             start: now(),
             sections: sections(ini),
@@ -192,6 +200,17 @@ impl Host {
         });
     }
 
+    /// How often the daemon has asked for `section`.
+    pub(crate) fn n_asked(&self, section: &str) -> usize {
+        self.shared.0.lock().unwrap().asked.iter().filter(|asked| *asked == section).count()
+    }
+
+    /// How often the daemon has registered `section`.
+    pub(crate) fn n_registered(&self, section: &str) -> usize {
+        let shared = self.shared.0.lock().unwrap();
+        shared.registered.iter().filter(|registered| *registered == section).count()
+    }
+
     /// Waits until the daemon registered a section.
     pub(crate) fn wait_for_register(&self, section: &str) {
         self.wait(&format!("register of `{section}`"), |shared| {
@@ -290,6 +309,15 @@ impl Drop for Host {
         if let Some(running) = &mut self.running {
             let _ = running.child.kill();
             let _ = running.child.wait();
+        }
+        if !std::thread::panicking() {
+            let shared = self.shared.0.lock().unwrap();
+            for logged in &shared.logged {
+                assert_no_secret("the log", &logged.message);
+            }
+            for (_, line) in shared.transcript.iter().filter(|(_, line)| line.starts_with("stderr:")) {
+                assert_no_secret("stderr", line);
+            }
         }
     }
 }

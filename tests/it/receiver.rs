@@ -126,7 +126,7 @@ fn receive_prints_a_line_for_every_request() {
             refuse: Some("bad\u{1b}".into()),
             json,
         };
-        let (stop, stopped) = crossbeam_channel::bounded(1);
+        let (stop, stopped) = crossbeam_channel::bounded::<()>(1);
         std::thread::scope(|scope| {
             let receiving = scope.spawn(move || {
                 let mut out = Vec::new();

@@ -4,8 +4,9 @@ use std::collections::BTreeMap;
 use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, Command, Stdio};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
+use couch_hookd::sys;
 use crossbeam_channel::Receiver;
 
 use crate::host::WAIT_MAX;
@@ -16,7 +17,8 @@ pub(crate) struct Beam {
     orders: ChildStdin,
     said: Receiver<String>,
     transcript: PathBuf,
-    heard: Vec<String>,
+    /// What it said, and when that was heard.
+    heard: Vec<(Instant, String)>,
 }
 
 impl Beam {
@@ -57,11 +59,22 @@ impl Beam {
             let Ok(line) = self.said.recv_timeout(patience) else {
                 panic!("the BEAM did not say `{start}`; said {:#?}\n{}", self.heard, self.transcript());
             };
-            self.heard.push(line.clone());
+            self.heard.push((sys::now(), line.clone()));
             if line.starts_with(start) {
                 return line;
             }
         }
+    }
+
+    /// Takes what it has said, without waiting; whether it ever said a line that begins with `start`.
+    pub(crate) fn has_said(&mut self, start: &str) -> bool {
+        self.heard.extend(self.said.try_iter().map(|line| (sys::now(), line)));
+        self.heard.iter().any(|(_, line)| line.starts_with(start))
+    }
+
+    /// When the daemon was started, each time, as far as that was heard.
+    pub(crate) fn starts(&self) -> Vec<Instant> {
+        self.heard.iter().filter(|(_, line)| line.starts_with("started ")).map(|(at, _)| *at).collect()
     }
 
     /// What was counted: `starts exits kills gets registers logs invalid`.

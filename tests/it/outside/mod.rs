@@ -1,7 +1,11 @@
 //! Tests that need something nobody here wrote; `tests/run` installs it and runs each module as a part of its own.
 
 pub(crate) mod beam;
+pub(crate) mod beam_kills;
+pub(crate) mod couchdb;
+pub(crate) mod couchdb_kills;
 pub(crate) mod pouchdb;
+pub(crate) mod pouchdb_daemon;
 
 use std::io::{BufRead, BufReader, Read};
 

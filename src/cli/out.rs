@@ -1,0 +1,85 @@
+//! The one writer of what commands print.
+//!
+//! Guarantees that a reader who goes away (`| head`) ends a command quietly, that colours go only to a terminal and
+//! never where NO_COLOR is set, and that a line of somebody else's text cannot steer the terminal. Errors of the
+//! program itself go to stderr.
+
+use std::io::{self, IsTerminal, Write};
+
+use crate::error::{Error, Kind, Result};
+use crate::pure::os_daemon::one_line;
+
+/// A colour of a word.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Colour {
+    Green,
+    Yellow,
+    Red,
+}
+
+/// Standard output.
+pub(crate) struct Out {
+    stdout: io::Stdout,
+    colours: bool,
+}
+
+impl Out {
+    pub(crate) fn new() -> Out {
+        let stdout = io::stdout();
+        let wanted = std::env::var_os("NO_COLOR").is_none_or(|value| value.is_empty())
+            && std::env::var_os("TERM").is_none_or(|term| term != "dumb");
+        Out { colours: stdout.is_terminal() && wanted, stdout }
+    }
+
+    /// One line, at once. Control characters in it are escaped.
+    ///
+    /// # Errors
+    /// `Stopped` when nobody reads any more; `Io`.
+    pub(crate) fn line(&mut self, text: &str) -> Result<()> {
+        self.write(&one_line(text))
+    }
+
+    /// As [`Out::line`], with a coloured word of ours in front, padded to a column.
+    ///
+    /// # Errors
+    /// As [`Out::line`].
+    pub(crate) fn marked_line(&mut self, word: &str, colour: Colour, text: &str) -> Result<()> {
+        let code = match colour {
+            Colour::Green => 32,
+            Colour::Yellow => 33,
+            Colour::Red => 31,
+        };
+        let text = one_line(text);
+        match self.colours {
+            true => self.write(&format!("\x1b[{code}m{word:<7}\x1b[0m  {text}")),
+            false => self.write(&format!("{word:<7}  {text}")),
+        }
+    }
+
+    /// One line of JSON, as long as it may be.
+    ///
+    /// # Errors
+    /// As [`Out::line`].
+    pub(crate) fn json(&mut self, json: &str) -> Result<()> {
+        self.write(json)
+    }
+
+    /// The bytes as they are, for whoever prints by itself.
+    pub(crate) fn writer(&mut self) -> &mut dyn Write {
+        &mut self.stdout
+    }
+
+    fn write(&mut self, line: &str) -> Result<()> {
+        let mut stdout = self.stdout.lock();
+        writeln!(stdout, "{line}").and_then(|()| stdout.flush()).map_err(|error| match error.kind() {
+            io::ErrorKind::BrokenPipe => Error::new(Kind::Stopped, "nobody reads the output"),
+            _ => Error::new(Kind::Io, format!("failed to write to stdout: {error}")),
+        })
+    }
+}
+
+/// One line on stderr: what went wrong with the command as a whole.
+pub(crate) fn complain(text: &str) {
+    // Nowhere else to say it.
+    let _ = writeln!(io::stderr(), "couch-hookd: {}", one_line(text));
+}

@@ -1,0 +1,81 @@
+//! How one subscription reads, step by step; what it never loses is the simulation's subject.
+
+use std::time::{Duration, Instant};
+
+use crate::pure::flow::{Flow, Opened, Read, ReadFault};
+use crate::pure::seq::Seq;
+
+const ROTATE: Duration = Duration::from_secs(60);
+
+fn seq(json: &str) -> Seq {
+    Seq::from_json(json).unwrap()
+}
+
+fn opened(checkpoint: Option<&str>) -> Opened {
+    Opened {
+        mark: "m".to_owned(),
+        checkpoint: checkpoint.map(|json| (seq(json), vec![7])),
+        rev: None,
+        recreated: false,
+        doc_count: 0,
+    }
+}
+
+fn open(flow: &mut Flow, now: Instant) -> Option<Read> {
+    assert_eq!(flow.next_read(9, now), Some(Read::Open));
+    flow.on_opened(opened(Some("5")));
+    flow.next_read(9, now)
+}
+
+fn parked_for(flow: &Flow, now: Instant) -> Duration {
+    flow.next_reading_deadline().map_or(Duration::ZERO, |at| at - now)
+}
+
+#[test]
+fn a_position_that_couchdb_does_not_know_is_dropped() {
+    let now = crate::sys::now();
+    let mut flow = Flow::new(false, ROTATE, Duration::from_secs(5));
+    assert_eq!(open(&mut flow, now), Some(Read::Page { since: seq("5"), limit: 9 }));
+    flow.on_read_failed(ReadFault::BadPosition, now);
+    let later = now + Duration::from_secs(5);
+    assert_eq!(open(&mut flow, later), Some(Read::Page { since: Seq::zero(), limit: 9 }));
+}
+
+#[test]
+fn a_server_that_is_being_started_costs_seconds_and_a_filter_that_throws_is_tried_every_five_minutes() {
+    let mut now = crate::sys::now();
+    let mut flow = Flow::new(false, ROTATE, Duration::from_secs(5));
+    let mut pauses = Vec::new();
+    for _ in 0..5 {
+        open(&mut flow, now);
+        flow.on_read_failed(ReadFault::Refused, now);
+        pauses.push(parked_for(&flow, now).as_secs());
+        now += parked_for(&flow, now);
+    }
+    assert_eq!(pauses, [1, 10, 300, 300, 300]);
+}
+
+#[test]
+fn a_database_that_is_another_at_every_look_is_looked_at_with_pauses() {
+    let mut now = crate::sys::now();
+    let mut flow = Flow::new(false, ROTATE, Duration::from_secs(5));
+    let mut pauses = Vec::new();
+    for _ in 0..4 {
+        open(&mut flow, now);
+        flow.on_read_failed(ReadFault::Changed, now);
+        pauses.push(parked_for(&flow, now).as_millis());
+        now += parked_for(&flow, now);
+    }
+    assert_eq!(pauses, [0, 500, 1_000, 2_000]);
+}
+
+#[test]
+fn ids_that_a_checkpoint_named_are_gone_from_the_next_once_the_feed_was_read_to_its_end() {
+    let mut now = crate::sys::now();
+    let mut flow = Flow::new(false, ROTATE, Duration::from_secs(5));
+    open(&mut flow, now);
+    flow.on_end(Some(seq("5")), None, false, now);
+    now += Duration::from_secs(5);
+    let position = flow.next_checkpoint(now).expect("what it named has changed");
+    assert!(position.delivered.is_empty());
+}
