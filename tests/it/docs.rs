@@ -192,11 +192,8 @@ fn is_of_type(value: &Value, name: &str) -> bool {
 
 /// The texts of code blocks in one language.
 fn code_blocks<'a>(text: &'a str, language: &str) -> impl Iterator<Item = &'a str> {
-    let open = format!("```{language}\n");
-    text.split("\n```")
-        .zip(text.split("\n```").skip(1))
-        .filter(move |(_, block)| format!("```{block}").starts_with(&open))
-        .map(move |(_, block)| &block[language.len() + 1..])
+    let open = format!("{language}\n");
+    text.split("\n```").skip(1).filter_map(move |block| block.strip_prefix(&open))
 }
 
 /// `text` with another part between `<!-- name -->` and the next `<!-- end -->`.

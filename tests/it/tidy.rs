@@ -29,7 +29,7 @@ const IMPORTS: &[(&str, &[&str])] = &[
 ];
 
 /// Files that are tests as a whole, of modules behind `#[cfg(test)]`.
-const TESTS: &[&str] = &["src/pure/simulation.rs", "src/pure/endpoint/tests.rs"];
+const TESTS: &[&str] = &["src/pure/simulation.rs", "src/pure/endpoint/tests.rs", "src/pure/flow/tests.rs"];
 
 /// Texts that may stand only in the named files, beside tests.
 const ONLY_IN: &[(&str, &[&str])] = &[
