@@ -267,3 +267,19 @@ fn a_quiet_filtered_feed_in_a_busy_database_is_scanned_once() {
     let rotation = at_kill / ROTATIONS as u64;
     assert!(scanned < rotation, "{scanned} of {at_kill} scanned again, {rotation} in a rotation");
 }
+
+#[test]
+fn the_feeds_of_many_databases_leave_each_other_open() {
+    const N: usize = 30;
+    let names: Vec<String> = (0..N).map(|i| format!("db{i}")).collect();
+    let dbs: Vec<&str> = names.iter().map(String::as_str).collect();
+    let couch = couch(Flavour::V3, &dbs);
+    let world = World::start_on(couch, receiver(), &format!("db = {}", dbs.join(", ")));
+    world.wait_couch("waiting feeds", |seen| seen.n_open_feeds() == N);
+    let pages = |seen: &couch_hookd::standin::couch::Seen<'_>| {
+        let is_page = |(name, value): &(String, String)| name == "feed" && value == "normal";
+        seen.requests().filter(|one| one.query.iter().any(is_page)).count()
+    };
+    let n_pages = world.couch.look(pages);
+    assert!(n_pages <= 2 * N, "{n_pages} pages of {N} empty databases\n{}", world.transcript());
+}
