@@ -56,8 +56,7 @@ impl<J: Send + 'static> Workers<J> {
     /// # Errors
     /// `Io` when no thread can be started; the job waits for one that is at work.
     pub fn give(&mut self, job: J, n_jobs: usize) -> Result<()> {
-        let room = self.jobs.try_send(job).is_ok();
-        assert!(room, "there is room for every delivery that is allowed");
+        self.jobs.try_send(job).expect("there is room for every delivery that is allowed");
         fence(Ordering::SeqCst);
         if self.alive.load(Ordering::SeqCst) >= n_jobs {
             return Ok(());
@@ -86,13 +85,10 @@ fn run<J>(taken: &Receiver<J>, alive: &AtomicUsize, idle_max: Duration, work: &d
         let job = match taken.recv_timeout(idle_max) {
             Ok(job) => job,
             Err(RecvTimeoutError::Disconnected) => return,
-            Err(RecvTimeoutError::Timeout) => {
-                alive.fetch_sub(1, Ordering::SeqCst);
-                fence(Ordering::SeqCst);
-                let Ok(job) = taken.try_recv() else { return };
-                alive.fetch_add(1, Ordering::SeqCst);
-                job
-            }
+            Err(RecvTimeoutError::Timeout) => match leave(taken, alive) {
+                Some(job) => job,
+                None => return,
+            },
         };
         if work(job).is_break() {
             return;
@@ -100,23 +96,41 @@ fn run<J>(taken: &Receiver<J>, alive: &AtomicUsize, idle_max: Duration, work: &d
     }
 }
 
+/// Takes a worker off the count, unless a job was given out that counted on it.
+fn leave<J>(taken: &Receiver<J>, alive: &AtomicUsize) -> Option<J> {
+    alive.fetch_sub(1, Ordering::SeqCst);
+    fence(Ordering::SeqCst);
+    let job = taken.try_recv().ok()?;
+    alive.fetch_add(1, Ordering::SeqCst);
+    Some(job)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
 
     #[test]
-    fn a_job_that_comes_as_the_last_worker_ends_is_done() {
+    fn who_leaves_takes_the_job_that_was_given_out_meanwhile() {
+        let (alive, (jobs, taken)) = (AtomicUsize::new(1), bounded(1));
+        jobs.send('a').unwrap();
+        assert_eq!(leave(&taken, &alive), Some('a'));
+        assert_eq!(alive.load(Ordering::SeqCst), 1);
+        assert_eq!(leave(&taken, &alive), None);
+        assert_eq!(alive.load(Ordering::SeqCst), 0, "the next job finds nobody to count on");
+    }
+
+    #[test]
+    fn jobs_are_done_while_workers_come_and_go() {
         let (to, done) = bounded(1);
-        let idle_max = Duration::from_micros(100);
+        let idle_max = Duration::from_micros(200);
         let mut workers = Workers::new("worker:test".to_owned(), 1, idle_max, move |job: u32| {
             to.send(job).unwrap();
             ControlFlow::Continue(())
         });
-        for job in 0..4_000 {
+        for job in 0..1_000 {
             workers.give(job, 1).unwrap();
             assert_eq!(done.recv_timeout(Duration::from_secs(5)), Ok(job));
-            // From well below the idle time to well above it.
-            sys::sleep(Duration::from_micros(u64::from(job % 40) * 10));
+            sys::sleep(Duration::from_micros(u64::from(job % 100) * 4));
         }
         assert!(workers.n_made > 1, "none ever ended");
         for thread in workers.stop() {
