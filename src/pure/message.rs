@@ -7,9 +7,9 @@
 use std::fmt;
 
 use jiff::Timestamp;
+use ring::digest;
 use serde::Deserialize;
 use serde_json::value::RawValue;
-use sha2::{Digest, Sha256};
 
 use crate::pure::changes::{Row, RowDoc};
 use crate::pure::document::{Document, Head};
@@ -23,8 +23,8 @@ impl WebhookId {
     /// First half of SHA-256 over a JSON array of texts. Ids may hold any byte, so no separator would do.
     pub fn of(parts: &impl serde::Serialize) -> WebhookId {
         let json = serde_json::to_vec(parts).expect("texts and numbers serialize");
-        let hash = Sha256::digest(&json);
-        WebhookId(hash[..16].try_into().expect("SHA-256 has 32 bytes"))
+        let hash = digest::digest(&digest::SHA256, &json);
+        WebhookId(hash.as_ref()[..16].try_into().expect("SHA-256 has 32 bytes"))
     }
 
     /// From its text.

@@ -13,8 +13,7 @@ use std::time::Duration;
 use base64::Engine;
 use base64::engine::DecodePaddingMode;
 use base64::engine::general_purpose::{GeneralPurpose, GeneralPurposeConfig, STANDARD, URL_SAFE};
-use hmac::{Hmac, KeyInit, Mac};
-use sha2::Sha256;
+use ring::hmac;
 
 /// What every symmetric secret begins with.
 pub const SECRET_PREFIX: &str = "whsec_";
@@ -34,12 +33,22 @@ const LENIENT: GeneralPurpose = GeneralPurpose::new(
 );
 
 /// A signing secret, decoded.
-#[derive(Clone, PartialEq, Eq)]
+#[derive(Clone)]
 pub struct Key {
     bytes: Vec<u8>,
+    /// The same, made ready once.
+    ready: hmac::Key,
     /// As it was written, to recognise receivers and senders that forget to decode it.
     text: String,
 }
+
+impl PartialEq for Key {
+    fn eq(&self, other: &Key) -> bool {
+        self.text == other.text
+    }
+}
+
+impl Eq for Key {}
 
 impl fmt::Debug for Key {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -81,7 +90,8 @@ impl Key {
                 bytes.len()
             ));
         }
-        Ok(Key { bytes, text: text.to_owned() })
+        let ready = hmac::Key::new(hmac::HMAC_SHA256, &bytes);
+        Ok(Key { bytes, ready, text: text.to_owned() })
     }
 }
 
@@ -94,13 +104,10 @@ pub fn new_secret(bytes: [u8; 32]) -> String {
 ///
 /// `timestamp` is in seconds since 1970, the value of `webhook-timestamp` of this attempt. `None` without keys.
 pub fn sign(keys: &[Key], id: &str, timestamp: i64, body: &[u8]) -> Option<String> {
-    let signatures: Vec<String> = keys
-        .iter()
-        .map(|key| {
-            let mac = mac(&key.bytes, &[id.as_bytes(), b".", timestamp.to_string().as_bytes(), b".", body]);
-            format!("v1,{}", STANDARD.encode(mac.finalize().into_bytes()))
-        })
-        .collect();
+    let timestamp = timestamp.to_string();
+    let parts = [id.as_bytes(), b".", timestamp.as_bytes(), b".", body];
+    let signature = |key: &Key| format!("v1,{}", STANDARD.encode(mac(&key.ready, &parts)));
+    let signatures: Vec<String> = keys.iter().map(signature).collect();
     (!signatures.is_empty()).then(|| signatures.join(" "))
 }
 
@@ -323,16 +330,16 @@ fn header<'a>(headers: &'a [(String, String)], name: &'static str) -> Result<&'a
     found.map(|(_, value)| value.trim()).filter(|value| !value.is_empty()).ok_or(Mismatch::NoHeader(name))
 }
 
-fn mac(key: &[u8], parts: &[&[u8]]) -> Hmac<Sha256> {
-    let mut mac = Hmac::<Sha256>::new_from_slice(key).expect("HMAC takes a key of any length");
+fn mac(key: &hmac::Key, parts: &[&[u8]]) -> hmac::Tag {
+    let mut mac = hmac::Context::with_key(key);
     for part in parts {
         mac.update(part);
     }
-    mac
+    mac.sign()
 }
 
 fn matches(key: &[u8], parts: &[&[u8]], given: &[u8]) -> bool {
-    mac(key, parts).verify_slice(given).is_ok()
+    hmac::verify(&hmac::Key::new(hmac::HMAC_SHA256, key), &parts.concat(), given).is_ok()
 }
 
 /// The same JSON with other blanks: `after_comma` and `after_colon` outside of strings, nothing else.
@@ -403,7 +410,7 @@ mod tests {
     }
 
     fn made(key: &[u8], parts: &[&[u8]]) -> String {
-        format!("v1,{}", STANDARD.encode(mac(key, parts).finalize().into_bytes()))
+        format!("v1,{}", STANDARD.encode(mac(&hmac::Key::new(hmac::HMAC_SHA256, key), parts)))
     }
 
     #[test]
