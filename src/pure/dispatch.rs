@@ -258,12 +258,12 @@ impl Dispatch {
             self.on_replayed(flow, token, outcome, at);
             return;
         }
-        let alone = self.n_pending() == 1;
+        let left = self.only_left_overs_beside(token);
         let pending = self.flows[flow].lanes().busy_mut(token).expect("an attempt's lane is busy");
         let event = Arc::clone(&pending.event);
         let lane = lane_key(flow, &event);
         let mut trial = pending.trial;
-        let verdict = self.endpoint.on_outcome(token, &mut trial, lane, outcome, alone, at);
+        let verdict = self.endpoint.on_outcome(token, &mut trial, lane, outcome, left, at);
         if let Some(pending) = self.flows[flow].lanes().busy_mut(token) {
             pending.trial = trial;
         }
@@ -480,6 +480,16 @@ impl Dispatch {
     ) {
         self.work.insert(token, Work::Letter { flow, class });
         self.outbox.push(Action::StoreLetter(attempt(token, flow, event, attempts), class));
+    }
+
+    /// Whether every unfinished event but this one failed often and was passed by others.
+    fn only_left_overs_beside(&self, token: u64) -> bool {
+        self.n_pending() <= endpoint::SUSPECTS_MAX
+            && self
+                .flows
+                .iter()
+                .flat_map(|flow| flow.trials_beside(token))
+                .all(|trial| self.endpoint.is_left_over(trial))
     }
 
     /// Judges anew what is held back, when others were delivered since: that is what makes a suspect.

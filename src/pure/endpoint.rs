@@ -25,7 +25,7 @@ const FAILURES_DOWN: u32 = 5;
 /// Refusals of different documents in a row, with no delivery between them, that mean it is the endpoint.
 const REFUSALS_DOWN: usize = 10;
 /// Suspects at a time above which it is the endpoint after all.
-const SUSPECTS_MAX: usize = 20;
+pub const SUSPECTS_MAX: usize = 20;
 /// A 410 from the same event counts as a second one after this time.
 const GONE_AGAIN: Duration = Duration::from_secs(60);
 
@@ -114,9 +114,8 @@ pub struct Trial {
     /// Deliveries of the endpoint at the latest and at the first strike.
     delivered_at_strike: u64,
     delivered_at_first: u64,
-    /// Endpoint-class failures of the endpoint before the first strike, and of this event since.
-    failed_at_first: u64,
-    own_failures: u64,
+    /// Endpoint-class answers and timeouts, with or without a delivery between them.
+    own_failures: u32,
     /// First endpoint-class answer of an endpoint that does answer.
     answered_since: Option<Instant>,
     /// Whether its dead letter was looked for.
@@ -140,7 +139,7 @@ impl LetterClass {
         match self {
             LetterClass::Refused => "refused",
             LetterClass::Suspect => "suspect",
-            LetterClass::GaveUp => "gave_up",
+            LetterClass::GaveUp => "given_up",
         }
     }
 }
@@ -214,7 +213,6 @@ pub struct Endpoint {
     state: State,
     in_flight: usize,
     n_delivered: u64,
-    n_failed: u64,
     failed_in_a_row: u32,
     /// Lanes refused since the last delivery, different ones.
     refused: Vec<u64>,
@@ -237,7 +235,6 @@ impl Endpoint {
             state: State::Down { probes_failed: 0, probe_at: now, probing: None, needs_delivery: false },
             in_flight: 0,
             n_delivered: 0,
-            n_failed: 0,
             failed_in_a_row: 0,
             refused: Vec::new(),
             refusal_run: 0,
@@ -348,15 +345,15 @@ impl Endpoint {
         }
     }
 
-    /// Judges what came of a delivery. `lane` names its document over all databases; `alone`: no other event of
-    /// this webhook is unfinished, so that no other can bear witness.
+    /// Judges what came of a delivery. `lane` names its document over all databases; `left`: every other
+    /// unfinished event of this webhook is a left-over, so that no other can bear witness.
     pub fn on_outcome(
         &mut self,
         token: u64,
         trial: &mut Trial,
         lane: u64,
         outcome: Outcome,
-        alone: bool,
+        left: bool,
         at: Moment,
     ) -> Verdict {
         self.in_flight -= 1;
@@ -375,7 +372,7 @@ impl Endpoint {
             Class::Delivered => self.on_delivered(),
             Class::Event => self.on_refused(trial, lane, was_probe, at),
             Class::Gone => self.on_gone(trial, lane, was_probe, at),
-            Class::Endpoint => self.on_failed(trial, outcome, was_probe, alone, at),
+            Class::Endpoint => self.on_failed(trial, outcome, was_probe, left, at),
         }
     }
 
@@ -461,7 +458,6 @@ impl Endpoint {
     fn on_gone(&mut self, trial: &mut Trial, lane: u64, was_probe: bool, at: Moment) -> Verdict {
         // To one event again and again, while others are taken: then it is the event. It would hold the position
         // for ever, because each delivery between shows that the endpoint is not gone.
-        self.n_failed += 1;
         self.strike(trial);
         match self.gone_seen {
             _ if self.is_gone() => {}
@@ -487,10 +483,9 @@ impl Endpoint {
         trial: &mut Trial,
         outcome: Outcome,
         was_probe: bool,
-        alone: bool,
+        left: bool,
         at: Moment,
     ) -> Verdict {
-        self.n_failed += 1;
         let retry_after = match outcome {
             Outcome::Status { retry_after, .. } => {
                 retry_after.map(|after| at.now + after.min(self.settings.retry_after_max))
@@ -535,7 +530,7 @@ impl Endpoint {
                     return Verdict::DeadLetter(LetterClass::GaveUp);
                 }
             }
-            if self.is_suspect(trial, alone) {
+            if self.is_suspect(trial, left) {
                 return self.suspect(trial, at);
             }
             return self.look_up_first(trial, retry_after, at);
@@ -548,7 +543,6 @@ impl Endpoint {
         if trial.strikes == 0 {
             trial.strikes = 1;
             trial.delivered_at_first = self.n_delivered;
-            trial.failed_at_first = self.n_failed - 1;
             trial.own_failures = 0;
         } else if self.n_delivered > trial.delivered_at_strike {
             trial.strikes += 1;
@@ -558,20 +552,23 @@ impl Endpoint {
     }
 
     /// Whether other events bear witness against this one: each of its strikes was followed by a delivery of
-    /// another event; or it is the only one left, others were delivered since its first strike, and none but
-    /// this one failed since. (A finite load ends before three strikes can each be followed by a delivery.)
-    pub fn is_suspect(&self, trial: &Trial, alone: bool) -> bool {
-        let needed = self.settings.dead_letter_after;
+    /// another event; or only such are `left` as were passed by others, and failed as often. (A finite load ends
+    /// before three strikes can each be followed by a delivery.)
+    pub fn is_suspect(&self, trial: &Trial, left: bool) -> bool {
         if trial.strikes == 0 || self.is_gone() {
             return false;
         }
-        let followed = trial.strikes >= needed && self.n_delivered > trial.delivered_at_strike;
-        let only_one = alone
-            && !self.is_strict()
-            && trial.own_failures >= u64::from(needed)
+        let followed =
+            trial.strikes >= self.settings.dead_letter_after && self.n_delivered > trial.delivered_at_strike;
+        (followed && self.is_up()) || (left && !self.is_strict() && self.is_left_over(trial))
+    }
+
+    /// Whether an event failed often enough, and others were delivered since it first did. In an outage there are
+    /// events that failed for the first time after the last delivery.
+    pub fn is_left_over(&self, trial: &Trial) -> bool {
+        trial.strikes > 0
+            && trial.own_failures >= self.settings.dead_letter_after
             && self.n_delivered > trial.delivered_at_first
-            && self.n_failed - trial.failed_at_first == trial.own_failures;
-        (followed && matches!(self.state, State::Up { .. })) || only_one
     }
 
     /// The verdict for a suspect: a letter, unless there are too many to believe.

@@ -16,6 +16,7 @@
 use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
 use std::time::{Duration, Instant};
 
+use crate::pure::endpoint::Trial;
 use crate::pure::lanes::Lanes;
 use crate::pure::message::{Arrived, Event};
 use crate::pure::seq::Seq;
@@ -43,7 +44,7 @@ const REOPEN_AFTER: [Duration; 5] = [
 /// Waits after the same fault at the same position; the last repeats. A server that is being started may answer
 /// 500 for some seconds: that must not cost five minutes.
 const REFUSED_AFTER: [Duration; 3] =
-    [Duration::from_secs(1), Duration::from_secs(10), Duration::from_secs(300)];
+    [Duration::from_secs(1), Duration::from_secs(5), Duration::from_secs(300)];
 /// A first page that has more than this ahead, and half of the database, means that the feed was rewound.
 const REWOUND_CHANGES: u64 = 10_000;
 
@@ -221,6 +222,11 @@ impl Flow {
     /// Whether there is something for a probe to take.
     pub fn can_probe(&self) -> bool {
         self.lanes.can_probe()
+    }
+
+    /// Trials of everything unfinished but the delivery `token`.
+    pub fn trials_beside(&self, token: u64) -> impl Iterator<Item = &Trial> {
+        self.lanes.trials_beside(token)
     }
 
     /// Rows that a page in progress may still bring.

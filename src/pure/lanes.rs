@@ -256,6 +256,15 @@ impl Lanes {
         self.held.values().filter_map(|key| Some((key, &self.lanes[key].waiting.as_ref()?.trial)))
     }
 
+    /// Trials of everything unfinished but the delivery `token`.
+    pub fn trials_beside(&self, token: u64) -> impl Iterator<Item = &Trial> {
+        let but = self.busy.get(&token);
+        self.lanes.iter().flat_map(move |(key, lane)| {
+            let busy = lane.busy.as_ref().filter(|_| Some(key) != but);
+            busy.into_iter().chain(&lane.waiting).map(|pending| &pending.trial)
+        })
+    }
+
     /// Makes a held lane busy without an attempt, to store its dead letter.
     pub fn take_held(&mut self, key: &Arc<str>, token: u64) -> Option<&mut Pending> {
         self.lanes.get(key)?.held_until?;

@@ -295,15 +295,16 @@ fn the_last_event_left_is_suspect_when_all_others_passed_it_and_none_failed() {
         let verdict = rig.get_alone("bad", ERROR);
         assert!(!matches!(verdict, Verdict::DeadLetter(_)), "{verdict:?}");
     }
-    // Another one failed, too: that may be an outage as well.
+    // Another one first failed after the last delivery: that may be an outage as well.
     let mut rig = Rig::up(8);
     rig.get("bad", ERROR);
     rig.get("good", OK);
-    rig.get("other", ERROR);
-    for _ in 0..20 {
-        let verdict = rig.get_alone("bad", ERROR);
-        assert!(!matches!(verdict, Verdict::DeadLetter(_)), "{verdict:?}");
+    for _ in 0..3 {
+        rig.get("bad", ERROR);
+        rig.get("other", ERROR);
     }
+    assert!(rig.endpoint.is_left_over(&rig.trials["bad"]));
+    assert!(!rig.endpoint.is_left_over(&rig.trials["other"]), "so `bad` is not tried as the last one left");
 }
 
 #[test]
