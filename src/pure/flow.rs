@@ -542,7 +542,8 @@ impl Flow {
 /// The last thing told about each of the last [`TOLD_MAX`] documents.
 #[derive(Debug, Default)]
 struct Told {
-    last: HashMap<u64, u64>,
+    /// A tree: a hash table of a constant number of entries that come and go doubles some day.
+    last: BTreeMap<u64, u64>,
     order: VecDeque<u64>,
 }
 

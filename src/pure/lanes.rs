@@ -40,7 +40,8 @@ struct Lane {
 #[derive(Debug, Default)]
 pub struct Lanes {
     strict: bool,
-    lanes: HashMap<Arc<str>, Lane>,
+    /// Boxed: the table doubles when it is worn by lanes that come and go, and grows by pointers only.
+    lanes: HashMap<Arc<str>, Box<Lane>>,
     ready: BTreeMap<u64, Arc<str>>,
     held: BTreeMap<(Instant, u64), Arc<str>>,
     busy: HashMap<u64, Arc<str>>,
@@ -81,7 +82,7 @@ impl Lanes {
     /// revision that waited and is replaced.
     pub fn arrive(&mut self, event: Event, ordinal: u64) -> Option<u64> {
         if !self.lanes.contains_key(event.doc_id.as_str()) {
-            self.lanes.insert(event.doc_id.as_str().into(), Lane::default());
+            self.lanes.insert(event.doc_id.as_str().into(), Box::default());
         }
         let (key, _) = self.lanes.get_key_value(event.doc_id.as_str()).expect("inserted above");
         let key = Arc::clone(key);
