@@ -121,8 +121,9 @@ pub fn run(start: Start) -> Result<u8> {
                 }
                 Err(_) => polled = None,
             },
-            recv(connected) -> facts => if let Ok(facts) = facts {
-                daemon.on_connected(facts);
+            recv(connected) -> facts => match facts {
+                Ok(facts) => daemon.on_connected(facts),
+                Err(_) => daemon.connect_again(),
             },
             recv(ticker) -> _ => daemon.tick(),
             recv(alive) -> _ => systemd.alive(),
@@ -341,6 +342,15 @@ impl Daemon {
             hookd: Arc::clone(hookd),
         });
         self.tick();
+    }
+
+    /// The connector broke down without a word; its panic was logged.
+    fn connect_again(&mut self) {
+        self.disconnect();
+        if let Some(hookd) = self.config.as_ref().map(|config| config.hookd.clone()) {
+            sys::sleep(TICK);
+            self.connect(hookd);
+        }
     }
 
     /// Everything that has to do with the server of the old configuration ends.

@@ -11,6 +11,30 @@ use std::io::{BufRead, BufReader, Read};
 
 use crossbeam_channel::{Receiver, bounded};
 
+/// Whether a real BEAM is installed; a plain `cargo test` does without, `tests/run` installs it or says that it cannot.
+fn beam_is_there() -> bool {
+    let there = std::process::Command::new("escript")
+        .arg("--help")
+        .stdout(std::process::Stdio::null())
+        .stderr(std::process::Stdio::null())
+        .status()
+        .is_ok();
+    if !there {
+        println!("skipped: beam (no escript; tests/run installs it)");
+    }
+    there
+}
+
+/// Whether pouchdb-server is installed, likewise.
+fn pouchdb_is_there() -> bool {
+    let there =
+        std::path::Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/pouchdb/node_modules")).exists();
+    if !there {
+        println!("skipped: pouchdb (no tests/pouchdb/node_modules; tests/run installs it)");
+    }
+    there
+}
+
 /// Lines of a child's output, read by a thread that ends with them.
 fn lines(output: impl Read + Send + 'static) -> Receiver<String> {
     let (to, lines) = bounded(10_000);

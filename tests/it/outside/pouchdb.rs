@@ -38,6 +38,9 @@ impl Drop for Pouch {
 #[test]
 fn the_server_answers_as_a_couchdb_does() {
     use std::io::{Read, Write};
+    if !super::pouchdb_is_there() {
+        return;
+    }
     let pouch = Pouch::start();
     let address = pouch.url.strip_prefix("http://").unwrap();
     let mut socket = std::net::TcpStream::connect(address).unwrap();
