@@ -35,7 +35,7 @@ struct Arguments {
 enum Command {
     /// Run by itself, under systemd or in a container
     Run(run::Arguments),
-    /// Run under CouchDB 1.1 to 2.2, which starts it from [os_daemons]
+    /// Run under CouchDB 1.1 to 2.2, which starts it from its section os_daemons
     #[command(after_help = "Example, in CouchDB's local.ini:\n  \
         [os_daemons]\n  \
         couch_hookd = /usr/bin/couch-hookd os-daemon")]

@@ -3,7 +3,7 @@
 //! `ureq` asks its resolver before every request, also when a pooled connection is about to be used, and where a
 //! request has a deadline its own resolver starts a thread for the answer: measured, two thirds of the CPU time of a
 //! delivery, and a look-up per delivery for the name server. Guarantees that an address written as such is never
-//! looked up, that a name is looked up again after [`FRESH`] or when [`Names::forget`] says that nobody was met
+//! looked up, that a name is looked up again after `FRESH` or when [`Names::forget`] says that nobody was met
 //! there, and that no request waits longer than its deadline (the look-up itself is `ureq`'s, thread and all).
 
 use std::net::{IpAddr, SocketAddr};

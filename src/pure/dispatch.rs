@@ -338,6 +338,7 @@ impl Dispatch {
         actions: &mut Vec<Action>,
     ) {
         self.endpoint.on_time(now);
+        self.starved = false;
         actions.append(&mut self.outbox);
         // Before an endpoint that recovered releases what is held back: it may be what made it look bad.
         self.judge_held(Moment { now, jitter });
@@ -369,7 +370,6 @@ impl Dispatch {
     }
 
     fn poll_attempts(&mut self, now: Instant, permit: &mut dyn FnMut() -> bool, actions: &mut Vec<Action>) {
-        self.starved = false;
         loop {
             let start = self.endpoint.may_start(now);
             if start == Start::No {
@@ -579,7 +579,11 @@ impl Dispatch {
                     self.drop_suspect(at);
                     continue;
                 }
-                Replay::Ready(_) if self.may_replay(now) && permit() => {
+                Replay::Ready(_) if self.may_replay(now) => {
+                    if !permit() {
+                        self.starved = true;
+                        return;
+                    }
                     let token = self.token();
                     let state = std::mem::replace(&mut self.suspects[at].state, Replay::Sent(token));
                     let Replay::Ready(event) = state else { unreachable!("matched above") };
