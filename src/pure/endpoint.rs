@@ -111,7 +111,9 @@ pub struct Trial {
     refusal_run: u64,
     /// Endpoint-class answers and timeouts that had a delivery of another event between them.
     strikes: u32,
-    /// Deliveries of the endpoint at the latest and at the first strike.
+    /// Deliveries of the endpoint when the latest attempt started, at the latest strike, and when the attempt
+    /// started that was the first strike.
+    delivered_at_start: u64,
     delivered_at_strike: u64,
     delivered_at_first: u64,
     /// Endpoint-class answers and timeouts, with or without a delivery between them.
@@ -329,6 +331,7 @@ impl Endpoint {
     /// A delivery started; `token` names it.
     pub fn on_start(&mut self, token: u64, trial: &mut Trial) {
         trial.attempts += 1;
+        trial.delivered_at_start = self.n_delivered;
         self.in_flight += 1;
         if let State::Down { probing, .. } = &mut self.state {
             *probing = Some(token);
@@ -542,7 +545,8 @@ impl Endpoint {
     fn strike(&mut self, trial: &mut Trial) {
         if trial.strikes == 0 {
             trial.strikes = 1;
-            trial.delivered_at_first = self.n_delivered;
+            // Those delivered while this one hung bear witness, too.
+            trial.delivered_at_first = trial.delivered_at_start;
             trial.own_failures = 0;
         } else if self.n_delivered > trial.delivered_at_strike {
             trial.strikes += 1;

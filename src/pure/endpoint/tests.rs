@@ -289,7 +289,14 @@ fn the_last_event_left_is_suspect_when_all_others_passed_it_and_none_failed() {
     rig.get("good", OK);
     rig.get("bad", ERROR);
     assert_eq!(rig.get_alone("bad", ERROR), Verdict::DeadLetter(LetterClass::Suspect));
-    // Alone from its first failure on: that may be an outage.
+    // All others may be through before it times out for the first time.
+    let mut rig = Rig::up(8);
+    let hanging = rig.start("hangs");
+    rig.get("good", OK);
+    rig.end(hanging, "hangs", Outcome::Timeout, true);
+    rig.get_alone("hangs", Outcome::Timeout);
+    assert_eq!(rig.get_alone("hangs", Outcome::Timeout), Verdict::DeadLetter(LetterClass::Suspect));
+    // Alone from its first attempt on: that may be an outage.
     let mut rig = Rig::up(8);
     for _ in 0..20 {
         let verdict = rig.get_alone("bad", ERROR);
