@@ -1,4 +1,30 @@
-//! couch-hookd: turns what happens inside CouchDB into signed webhooks, losing nothing.
+//! couch-hookd: turns what happens inside CouchDB into signed webhooks, losing nothing. The map of the code.
+//!
+//! ```text
+//! host ---> config ---> daemon ---> pipeline, one per webhook
+//!                                   feed_reader --rows--> dispatcher --attempts--> webhook (workers)
+//!                                        |                 drives pure::dispatch <--outcomes--'
+//!                                   couch::feed            |--> store         dead letters, the webhook's record
+//!                                                          '--> checkpointer  couch::local_docs
+//! ```
+//!
+//! | part | what it is | start reading at |
+//! |---|---|---|
+//! | `pure` | every decision, without I/O, clock, threads | `flow` (one database of a webhook), `endpoint` (whom to suspect), `dispatch` (both together), `simulation` (tries to lose an event) |
+//! | `couch` | CouchDB over HTTP | `feed`, `local_docs` (marks, checkpoints), `state_db` (dead letters, records), `gate` (logins) |
+//! | `pipeline` | the threads of a webhook | `dispatcher`, `activation` (what `since = now` means) |
+//! | `config` | sections to typed values | `keys` (the one table), `source` |
+//! | `host` | being started | `stdio` (the only user of stdin and stdout), `config_poller`, `standalone`, `systemd` |
+//! | `daemon` | starts, applies configurations, stops | `run` |
+//! | `cli` | one file a command | `run`, `check`, `watch` |
+//! | `standin`, `demo` | a CouchDB and a receiver to show and to test with | `standin::couch`, `standin::receiver` |
+//! | `sys`, `log`, `error`, `tls`, `names` | clock, randomness and threads; logging; kinds; roots; name look-ups | |
+//!
+//! What must stay true: a checkpoint never passes a change that is neither delivered nor a dead letter nor replaced
+//! (`pure::watermark`); a feed that was lost goes on from the *stored* checkpoint, after its mark was read; one
+//! request per document at a time (`pure::lanes`); a dead letter is stored before the watermark passes it; every
+//! channel and buffer has a bound; only `host::stdio` writes to stdout; no secret is ever formatted
+//! (`pure::secret`, `pure::redact`). Who may import whom is kept by `tests/it/tidy.rs`.
 
 pub mod cli;
 pub mod config;
