@@ -237,11 +237,6 @@ impl Dispatch {
         self.flows[flow].on_read_failed(fault, now);
     }
 
-    /// Do not wait any longer to open feeds.
-    pub fn unpark(&mut self) {
-        self.flows.iter_mut().for_each(Flow::unpark);
-    }
-
     /// Answer to [`Action::StoreCheckpoint`]: the new `_rev`, or `None`.
     pub fn on_checkpoint(&mut self, flow: FlowIndex, rev: Option<String>, now: Instant) {
         match rev {

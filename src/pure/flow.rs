@@ -294,11 +294,6 @@ impl Flow {
         close
     }
 
-    /// Whether only room is missing to go on reading.
-    pub fn wants_room(&self) -> bool {
-        self.reading == Reading::Idle
-    }
-
     /// When reading changes by time alone.
     pub fn next_reading_deadline(&self) -> Option<Instant> {
         match self.reading {
@@ -434,13 +429,6 @@ impl Flow {
             ReadFault::Changed | ReadFault::Lost => step(&REOPEN_AFTER, self.failures),
         };
         self.reading = Reading::Parked(now + pause);
-    }
-
-    /// Something happened (the server is back, the configuration changed): do not wait any longer.
-    pub fn unpark(&mut self) {
-        if matches!(self.reading, Reading::Parked(_)) {
-            self.reading = Reading::Idle;
-        }
     }
 
     // --- Finishing ---------------------------------------------------------------------------------------
