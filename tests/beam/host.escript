@@ -151,6 +151,10 @@ obey(["restart"], #{status := running} = State) ->
     Next = restart(State),
     say("restarted", []),
     Next;
+obey(["kill"], #{status := running, kill := undefined} = State) ->
+    %% The BEAM's forker loses the exit of a process that dies before it was let go: wait for its first line.
+    erlang:send_after(1, self(), {order, ["kill"]}),
+    State;
 obey(["kill"], #{status := running} = State) ->
     kill(State),
     say("killed", []),

@@ -55,12 +55,21 @@ impl Beam {
 
     /// As [`Beam::wait_for`], with another patience between two lines.
     pub(crate) fn wait_for_long(&mut self, start: &str, patience: Duration) -> String {
+        self.wait_for_one(&[start], patience)
+    }
+
+    /// As [`Beam::wait_for`], for what begins with any of `starts`.
+    fn wait_for_any(&mut self, starts: &[&str]) -> String {
+        self.wait_for_one(starts, WAIT_MAX)
+    }
+
+    fn wait_for_one(&mut self, starts: &[&str], patience: Duration) -> String {
         loop {
             let Ok(line) = self.said.recv_timeout(patience) else {
-                panic!("the BEAM did not say `{start}`; said {:#?}\n{}", self.heard, self.transcript());
+                panic!("the BEAM said none of {starts:?}; said {:#?}\n{}", self.heard, self.transcript());
             };
             self.heard.push((sys::now(), line.clone()));
-            if line.starts_with(start) {
+            if starts.iter().any(|start| line.starts_with(start)) {
                 return line;
             }
         }
@@ -113,7 +122,8 @@ fn a_daemon_is_served_killed_restarted_and_halted_as_couchdb_does() {
     let mut beam =
         Beam::start(&folder, "[a]\nk = ä \"v\" ; cut\nnone =\n", &format!("/bin/sh {}", daemon.display()));
     let until = |beam: &mut Beam, name: &str, n: u64| {
-        for _ in 0..1_000 {
+        let patience = sys::now() + WAIT_MAX;
+        while sys::now() < patience {
             if beam.counts()[name] >= n {
                 return;
             }
@@ -128,14 +138,17 @@ fn a_daemon_is_served_killed_restarted_and_halted_as_couchdb_does() {
     beam.order("kill 3 20 60", "kills begun");
     beam.wait_for("kills done");
     until(&mut beam, "starts", 5);
-    beam.order("kill", "killed");
-    beam.wait_for("started ");
-    beam.order("kill", "killed");
-    beam.wait_for("started ");
-    beam.order("kill", "killed");
-    beam.wait_for("halted");
+    // How many exits fall into five seconds is the machine's affair: killing goes on until it is halted.
+    for _ in 0..30 {
+        beam.order("kill", "killed");
+        beam.wait_for("exited 137");
+        if beam.wait_for_any(&["started ", "halted"]) == "halted" {
+            break;
+        }
+    }
     let counts = beam.counts();
-    assert_eq!((counts["exits"], counts["kills"]), (3, 7));
+    assert!(counts["exits"] >= 3, "{counts:?}");
+    assert_eq!(counts["kills"], counts["exits"] + 4);
     let transcript = beam.transcript();
     assert!(transcript.contains("[error] Daemon :: 16 characters"), "{transcript}");
     assert!(transcript.contains("[info] Daemon :: upä"), "{transcript}");
