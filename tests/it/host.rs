@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 use crate::world::assert_no_secret;
 
 /// How long anything may take before a test gives up and prints what happened.
-pub(crate) const WAIT_MAX: Duration = Duration::from_secs(10);
+pub(crate) const WAIT_MAX: Duration = Duration::from_secs(30);
 
 /// Sections as CouchDB would give them.
 pub(crate) type Sections = BTreeMap<String, BTreeMap<String, String>>;
