@@ -18,7 +18,7 @@
 //! | `daemon` | starts, applies configurations, stops | `run` |
 //! | `cli` | one file a command | `run`, `check`, `watch` |
 //! | `standin`, `demo` | a CouchDB and a receiver to show and to test with | `standin::couch`, `standin::receiver` |
-//! | `sys`, `log`, `error`, `tls`, `names` | clock, randomness and threads; logging; kinds; roots; name look-ups | |
+//! | `sys`, `log`, `error`, `tls`, `names`, `socket` | clock, randomness and threads; logging; kinds; roots; name look-ups; connections | |
 //!
 //! What must stay true: a checkpoint never passes a change that is neither delivered nor a dead letter nor replaced
 //! (`pure::watermark`); a feed that was lost goes on from the *stored* checkpoint, after its mark was read; one
@@ -37,6 +37,7 @@ pub mod log;
 pub mod names;
 pub mod pipeline;
 pub mod pure;
+pub mod socket;
 pub mod standin;
 pub mod sys;
 pub mod tls;

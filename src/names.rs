@@ -14,10 +14,10 @@ use http::Uri;
 use http::uri::Authority;
 use ureq::config::Config;
 use ureq::unversioned::resolver::{DefaultResolver, ResolvedSocketAddrs, Resolver};
-use ureq::unversioned::transport::{DefaultConnector, NextTimeout};
+use ureq::unversioned::transport::NextTimeout;
 use ureq::{Agent, Error};
 
-use crate::sys;
+use crate::{socket, sys};
 
 /// So long an answer is taken to be true; as `nscd` and the JVM have it.
 const FRESH: Duration = Duration::from_secs(30);
@@ -36,9 +36,9 @@ struct Known {
     until: Instant,
 }
 
-/// An agent with this configuration that looks names up this way.
+/// An agent with this configuration that looks names up this way. Knows no proxy.
 pub fn agent(config: Config, names: &Names) -> Agent {
-    Agent::with_parts(config, DefaultConnector::default(), names.clone())
+    Agent::with_parts(config, socket::connector(), names.clone())
 }
 
 impl Names {

@@ -11,7 +11,7 @@ use std::time::Duration;
 use http::header::{AUTHORIZATION, CONTENT_TYPE, HeaderMap, HeaderName, HeaderValue, USER_AGENT};
 use http::{Request, Uri};
 use ureq::unversioned::resolver::DefaultResolver;
-use ureq::unversioned::transport::{ConnectionDetails, Connector, DefaultConnector, Transport};
+use ureq::unversioned::transport::{ConnectionDetails, Connector, Transport};
 use ureq::{Agent, Timeout};
 
 use crate::config;
@@ -25,7 +25,7 @@ use crate::pure::retry;
 use crate::pure::secret::Secret;
 use crate::pure::signature::{self, Key};
 use crate::pure::url::Url;
-use crate::{sys, tls};
+use crate::{socket, sys, tls};
 
 /// Of an answer's body, in bytes: read to keep the connection, kept for nobody.
 const ANSWER_BYTES_MAX: u64 = 64 * 1024;
@@ -214,7 +214,7 @@ fn headers(webhook: &config::Webhook, url: &Url) -> Result<(HeaderMap, Vec<Secre
 /// `Config` as [`Endpoint::new`]; `Unreachable` or `Timeout` with what failed: the name, the connection, TLS.
 pub fn reach(webhook: &config::Webhook) -> Result<()> {
     let url = Url::parse(webhook.endpoint.expose()).map_err(|found| Error::new(Kind::Config, found))?;
-    let connector = DefaultConnector::default().chain(HangUp);
+    let connector = socket::connector().chain(HangUp);
     let agent = Agent::with_parts(agent_config(webhook, &url)?, connector, DefaultResolver::default());
     match agent.head(url.origin()).call() {
         Err(ureq::Error::Other(other)) if other.is::<Reached>() => Ok(()),

@@ -15,13 +15,14 @@ const IMPORTS: &[(&str, &[&str])] = &[
     ("src/sys.rs", &["pure", "error", "config"]),
     ("src/log.rs", &["pure", "error", "config", "sys"]),
     ("src/tls.rs", &["pure", "error", "config", "sys", "log"]),
-    ("src/names.rs", &["sys"]),
+    ("src/names.rs", &["sys", "socket"]),
+    ("src/socket.rs", &["sys"]),
     ("src/couch/", &["pure", "error", "config", "sys", "log", "names", "tls", "couch"]),
     ("src/host/", &["pure", "error", "config", "sys", "log", "host"]),
     ("src/standin/", &["pure", "error", "sys", "log", "standin"]),
     (
         "src/pipeline/",
-        &["pure", "error", "config", "sys", "log", "names", "tls", "couch", "host", "pipeline"],
+        &["pure", "error", "config", "sys", "log", "names", "socket", "tls", "couch", "host", "pipeline"],
     ),
     ("src/replication/", &["pure", "error", "config", "sys", "log", "tls", "couch", "host", "replication"]),
     ("src/status/", &["pure::snapshot", "log", "sys", "error", "status"]),
@@ -33,8 +34,14 @@ const TESTS: &[&str] = &["src/pure/simulation.rs", "src/pure/endpoint/tests.rs",
 
 /// Texts that may stand only in the named files, beside tests.
 const ONLY_IN: &[(&str, &[&str])] = &[
-    ("ureq::", &["src/couch/client.rs", "src/pipeline/webhook.rs", "src/names.rs", "src/tls.rs"]),
-    ("use ureq", &["src/couch/client.rs", "src/pipeline/webhook.rs", "src/names.rs", "src/tls.rs"]),
+    (
+        "ureq::",
+        &["src/couch/client.rs", "src/pipeline/webhook.rs", "src/names.rs", "src/socket.rs", "src/tls.rs"],
+    ),
+    (
+        "use ureq",
+        &["src/couch/client.rs", "src/pipeline/webhook.rs", "src/names.rs", "src/socket.rs", "src/tls.rs"],
+    ),
     ("stdin()", &["src/host/", "src/cli", "src/main.rs", "src/demo"]),
     ("stdout()", &["src/host/", "src/cli", "src/main.rs", "src/demo"]),
     ("println!(", &["src/cli", "src/demo"]),
