@@ -17,7 +17,8 @@ use ureq::unversioned::resolver::{DefaultResolver, ResolvedSocketAddrs, Resolver
 use ureq::unversioned::transport::NextTimeout;
 use ureq::{Agent, Error};
 
-use crate::{socket, sys};
+use crate::socket::Sockets;
+use crate::sys;
 
 /// So long an answer is taken to be true; as `nscd` and the JVM have it.
 const FRESH: Duration = Duration::from_secs(30);
@@ -38,7 +39,7 @@ struct Known {
 
 /// An agent with this configuration that looks names up this way. Knows no proxy.
 pub fn agent(config: Config, names: &Names) -> Agent {
-    Agent::with_parts(config, socket::connector(), names.clone())
+    Agent::with_parts(config, Sockets::default(), names.clone())
 }
 
 impl Names {

@@ -28,25 +28,24 @@ const ROOM_MIN: usize = 8 * 1024;
 /// Room for what `ureq` copies through, in bytes.
 const SCRATCH_MIN: usize = 10 * 1024;
 
-/// Opens connections of this kind, with TLS where the URL asks for it. Knows no proxy.
-pub fn connector() -> impl Connector {
-    Sockets.chain(RustlsConnector::default())
+/// Opens connections of this kind, with TLS where the URL asks for it. Knows no proxy. Clones share what TLS needs.
+#[derive(Debug, Clone, Default)]
+pub struct Sockets {
+    tls: Arc<RustlsConnector>,
 }
 
-#[derive(Debug)]
-struct Sockets;
-
 impl Connector for Sockets {
-    type Out = Socket;
+    type Out = <RustlsConnector as Connector<Socket>>::Out;
 
-    fn connect(&self, details: &ConnectionDetails<'_>, _: Option<()>) -> Result<Option<Socket>, Error> {
+    fn connect(&self, details: &ConnectionDetails<'_>, _: Option<()>) -> Result<Option<Self::Out>, Error> {
         let stream = Arc::new(open(details)?);
         stream.set_nodelay(true)?;
         let handle: Weak<TcpStream> = Arc::downgrade(&stream);
         (details.register_shutdown)(handle as Weak<dyn ShutdownHandle>)?;
         let config = details.config;
         let buffers = Buffer::new(config.input_buffer_size(), config.output_buffer_size());
-        Ok(Some(Socket { stream, buffers, read_limit: None, write_limit: None }))
+        let socket = Socket { stream, buffers, read_limit: None, write_limit: None };
+        self.tls.connect(details, Some(socket))
     }
 }
 
@@ -78,7 +77,7 @@ fn open(details: &ConnectionDetails<'_>) -> Result<TcpStream, Error> {
 
 /// One connection.
 #[derive(Debug)]
-struct Socket {
+pub struct Socket {
     /// Shared, weakly, with whoever may have to end it.
     stream: Arc<TcpStream>,
     buffers: Buffer,

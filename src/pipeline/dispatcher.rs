@@ -28,6 +28,7 @@ use crate::pure::dispatch::{Action, Attempt, Dispatch, FlowIndex, Notice};
 use crate::pure::endpoint::{self, DownReason, LetterClass, Moment, Outcome, Settings};
 use crate::pure::flow::{self, Flow, Read};
 use crate::pure::message::{Telling, WebhookId};
+use crate::pure::table::Table;
 use crate::sys::{self, Thread};
 
 /// Batches of rows on their way; each is at most one socket read, or one row.
@@ -223,7 +224,7 @@ struct Dispatcher<'a> {
     store: Store,
     endpoint: Arc<Endpoint>,
     workers: Workers<Attempt>,
-    in_flight: HashMap<u64, (WebhookId, jiff::Timestamp)>,
+    in_flight: Table<u64, (WebhookId, jiff::Timestamp)>,
     failures: HashMap<WebhookId, Failure>,
     complaints: Vec<Complaint>,
     /// Answers cut off since a request last ended as it should.
@@ -293,7 +294,7 @@ impl<'a> Dispatcher<'a> {
             store,
             endpoint,
             workers,
-            in_flight: HashMap::new(),
+            in_flight: Table::default(),
             failures: HashMap::new(),
             n_letters: active.n_letters,
             bytes: 0,

@@ -11,6 +11,7 @@
 //! again or finished: that is `pure`.
 
 pub mod activation;
+pub mod agents;
 pub mod checkpointer;
 pub mod complaints;
 pub mod dispatcher;

@@ -16,7 +16,8 @@ use ureq::{Agent, Timeout};
 
 use crate::config;
 use crate::error::{Context, Error, Kind, Result};
-use crate::names::{self, Names};
+use crate::names::Names;
+use crate::pipeline::agents::Agents;
 use crate::pure::dispatch::Attempt;
 use crate::pure::endpoint::Outcome;
 use crate::pure::message::{Event, Telling};
@@ -25,7 +26,8 @@ use crate::pure::retry;
 use crate::pure::secret::Secret;
 use crate::pure::signature::{self, Key};
 use crate::pure::url::Url;
-use crate::{socket, sys, tls};
+use crate::socket::Sockets;
+use crate::{sys, tls};
 
 /// Of an answer's body, in bytes: read to keep the connection, kept for nobody.
 const ANSWER_BYTES_MAX: u64 = 64 * 1024;
@@ -55,7 +57,7 @@ pub struct Answer {
 
 /// A webhook's endpoint: knows how to ask, not when.
 pub struct Endpoint {
-    agent: Agent,
+    agents: Agents,
     names: Names,
     /// Without userinfo; its path may be a secret all the same.
     uri: Uri,
@@ -86,7 +88,7 @@ impl Endpoint {
             .and_url(webhook.endpoint.expose())
             .and_url(&address);
         Ok(Endpoint {
-            agent: names::agent(agent_config(webhook, &url)?, &names),
+            agents: Agents::new(agent_config(webhook, &url)?, names.clone()),
             names,
             uri,
             headers,
@@ -111,7 +113,7 @@ impl Endpoint {
 
     /// Ends every request under way and refuses later ones: outcomes become `Broken` at once.
     pub fn shut_down(&self) {
-        self.agent.clone().shutdown();
+        self.agents.shut_down();
     }
 
     fn was_answered(&self) -> bool {
@@ -139,7 +141,16 @@ impl Endpoint {
         if replay {
             headers.insert(HOOKD_REPLAY, HeaderValue::from_static("true"));
         }
-        let mut response = self.agent.run(request)?;
+        // To the end of the answer's body: only then the connection is free.
+        self.agents.lend(|agent| self.ask(agent, request))
+    }
+
+    fn ask(
+        &self,
+        agent: &Agent,
+        request: Request<&[u8]>,
+    ) -> Result<(u16, Option<Duration>, Vec<u8>), ureq::Error> {
+        let mut response = agent.run(request)?;
         self.n_answers.fetch_add(1, Ordering::Relaxed);
         let status = response.status().as_u16();
         let text = |name: &str| response.headers().get(name).and_then(|value| value.to_str().ok());
@@ -214,7 +225,7 @@ fn headers(webhook: &config::Webhook, url: &Url) -> Result<(HeaderMap, Vec<Secre
 /// `Config` as [`Endpoint::new`]; `Unreachable` or `Timeout` with what failed: the name, the connection, TLS.
 pub fn reach(webhook: &config::Webhook) -> Result<()> {
     let url = Url::parse(webhook.endpoint.expose()).map_err(|found| Error::new(Kind::Config, found))?;
-    let connector = socket::connector().chain(HangUp);
+    let connector = Sockets::default().chain(HangUp);
     let agent = Agent::with_parts(agent_config(webhook, &url)?, connector, DefaultResolver::default());
     match agent.head(url.origin()).call() {
         Err(ureq::Error::Other(other)) if other.is::<Reached>() => Ok(()),
@@ -262,8 +273,8 @@ fn agent_config(webhook: &config::Webhook, url: &Url) -> Result<ureq::config::Co
         .proxy(None)
         .timeout_global(Some(webhook.timeout))
         .timeout_connect(Some(webhook.connect_timeout.min(webhook.timeout)))
-        .max_idle_connections(webhook.concurrency)
-        .max_idle_connections_per_host(webhook.concurrency)
+        .max_idle_connections(1)
+        .max_idle_connections_per_host(1)
         .max_idle_age(IDLE_MAX)
         .input_buffer_size(BUFFER_BYTES)
         .output_buffer_size(BUFFER_BYTES);

@@ -4,7 +4,6 @@
 //! Everything that decides is here or below, so that a simulation can run it through crashes that no machine
 //! would show in a year.
 
-use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -12,6 +11,7 @@ use crate::pure::endpoint::{self, Endpoint, LetterClass, Moment, Outcome, Settin
 use crate::pure::flow::{self, Flow, Opened, Position, Read, ReadFault};
 use crate::pure::message::{self, Arrived, Event};
 use crate::pure::seq::Seq;
+use crate::pure::table::Table;
 
 /// Payload a webhook may hold, in bytes; one event is always let in.
 const WINDOW_BYTES: usize = 16 << 20;
@@ -125,7 +125,7 @@ pub struct Dispatch {
     endpoint: Endpoint,
     flows: Vec<Flow>,
     retry_schedule: Vec<Duration>,
-    work: HashMap<u64, Work>,
+    work: Table<u64, Work>,
     suspects: Vec<Suspect>,
     next_token: u64,
     /// Where the next round over the flows begins, for fairness.
@@ -148,7 +148,7 @@ impl Dispatch {
             retry_schedule: settings.retry_schedule.clone(),
             endpoint: Endpoint::new(settings, now),
             flows,
-            work: HashMap::new(),
+            work: Table::default(),
             suspects: Vec::new(),
             next_token: 1,
             turn: 0,

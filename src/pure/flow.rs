@@ -13,13 +13,14 @@
 //!   '-- any error, mark changed: wait a little, then Open: read mark, checkpoint, begin behind it
 //! ```
 
-use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
+use std::collections::{BTreeMap, HashSet, VecDeque};
 use std::time::{Duration, Instant};
 
 use crate::pure::endpoint::Trial;
 use crate::pure::lanes::Lanes;
 use crate::pure::message::{Arrived, Event};
 use crate::pure::seq::Seq;
+use crate::pure::table::Table;
 use crate::pure::watermark::Watermark;
 
 /// Rows of a page, at most: pages of 100 read half as fast as pages of 1,000 (DESIGN §8).
@@ -556,7 +557,7 @@ impl Told {
 #[derive(Debug, Default)]
 struct Beyond {
     by_ordinal: BTreeMap<u64, (u64, u64)>,
-    by_doc: HashMap<u64, u64>,
+    by_doc: Table<u64, u64>,
     /// Changes with every change.
     version: u64,
 }

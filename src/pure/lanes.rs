@@ -4,12 +4,13 @@
 //! most one revision per document waits, so a hot document cannot fill the window. Among documents the order
 //! is that of arrival, kept strictly when asked to.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Instant;
 
 use crate::pure::endpoint::Trial;
 use crate::pure::message::{Event, WebhookId};
+use crate::pure::table::Table;
 
 /// An event that is not finished.
 #[derive(Debug)]
@@ -41,10 +42,10 @@ struct Lane {
 pub struct Lanes {
     strict: bool,
     /// Boxed: the table doubles when it is worn by lanes that come and go, and grows by pointers only.
-    lanes: HashMap<Arc<str>, Box<Lane>>,
+    lanes: Table<Arc<str>, Box<Lane>>,
     ready: BTreeMap<u64, Arc<str>>,
     held: BTreeMap<(Instant, u64), Arc<str>>,
-    busy: HashMap<u64, Arc<str>>,
+    busy: Table<u64, Arc<str>>,
     n_pending: usize,
     bytes: usize,
     n_tries: u64,

@@ -22,5 +22,6 @@ pub mod settled;
 pub mod signature;
 #[cfg(test)]
 mod simulation;
+pub mod table;
 pub mod url;
 pub mod watermark;

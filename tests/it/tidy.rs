@@ -32,16 +32,20 @@ const IMPORTS: &[(&str, &[&str])] = &[
 /// Files that are tests as a whole, of modules behind `#[cfg(test)]`.
 const TESTS: &[&str] = &["src/pure/simulation.rs", "src/pure/endpoint/tests.rs", "src/pure/flow/tests.rs"];
 
+/// Who makes HTTP requests, and what that needs.
+const UREQ: &[&str] = &[
+    "src/couch/client.rs",
+    "src/names.rs",
+    "src/pipeline/agents.rs",
+    "src/pipeline/webhook.rs",
+    "src/socket.rs",
+    "src/tls.rs",
+];
+
 /// Texts that may stand only in the named files, beside tests.
 const ONLY_IN: &[(&str, &[&str])] = &[
-    (
-        "ureq::",
-        &["src/couch/client.rs", "src/pipeline/webhook.rs", "src/names.rs", "src/socket.rs", "src/tls.rs"],
-    ),
-    (
-        "use ureq",
-        &["src/couch/client.rs", "src/pipeline/webhook.rs", "src/names.rs", "src/socket.rs", "src/tls.rs"],
-    ),
+    ("ureq::", UREQ),
+    ("use ureq", UREQ),
     ("stdin()", &["src/host/", "src/cli", "src/main.rs", "src/demo"]),
     ("stdout()", &["src/host/", "src/cli", "src/main.rs", "src/demo"]),
     ("println!(", &["src/cli", "src/demo"]),
