@@ -75,9 +75,6 @@ pub struct Key {
 /// Words of `watch` that a later version takes.
 pub const WATCH_LATER: [&str; 3] = ["databases", "replications", "daemon"];
 
-/// Words of `format` that a later version takes.
-pub const FORMAT_LATER: [&str; 4] = ["cloudevents", "raw", "slack", "couchdb_doc"];
-
 /// Keys that a later version takes.
 pub const LATER: [(Section, &str); 4] = [
     (Section::Hookd, "status_listen"),
@@ -218,7 +215,12 @@ pub const KEYS: &[Key] = &[
         "Signing secret `whsec_...`; several, newest first, are separated by commas, and every one signs.",
     )),
     optional(webhook("header.*", Kind::Secret, "blue", "An extra request header: `header.x-tenant = blue`.")),
-    webhook("format", Kind::Word(&["standard"]), "standard", "Shape of the payload."),
+    webhook(
+        "format",
+        Kind::Word(&["standard", "cloudevents", "raw", "slack", "couchdb_doc"]),
+        "standard",
+        "Shape of the payload: ours, CloudEvents, the change line, a chat's message, a document for a CouchDB.",
+    ),
     webhook("timeout", Kind::Duration(ms(100), s(600)), "15s", "For one attempt, all of it."),
     webhook("connect_timeout", Kind::Duration(ms(100), s(60)), "5s", "For connecting, TLS included."),
     webhook(

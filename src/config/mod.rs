@@ -22,6 +22,7 @@ use std::time::Duration;
 
 use crate::config::finding::{Finding, Raw, Value};
 use crate::config::keys::Section;
+use crate::pure::format::Format;
 use crate::pure::secret::Secret;
 use crate::pure::url::Url;
 
@@ -270,6 +271,8 @@ pub struct Webhook {
     pub dead_letter_on: Vec<u16>,
     /// Documents above this many bytes are left out of the payload.
     pub payload_bytes_max: usize,
+    /// Shape of the bodies.
+    pub format: Format,
     /// Stopped by configuration.
     pub paused: bool,
     /// PEM file with roots for this endpoint beside the others.

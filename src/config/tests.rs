@@ -148,6 +148,7 @@ fn defaults_are_those_of_the_table() {
                         501,
                     ],
                     payload_bytes_max: 1048576,
+                    format: Standard,
                     paused: false,
                     ca_file: None,
                     fingerprint: "5a9604a38e61de906703fcfcfa4c289f8ba0933a776e81da4c936fe6cdf9f91c",
@@ -451,7 +452,7 @@ fn faults_of_a_webhook_are_said() {
             "header. = c4n4ry"
                 header.: this key is unknown; the nearest one is `header.*`
             "format = cloudevents"
-                format: `cloudevents` is not available in this version; expected `standard`
+                fine
             "timeout = 15"
                 timeout: expected a duration with its unit, got `15`; write `15s`
             "timeout = 15 sec"

@@ -12,6 +12,7 @@ use crate::config::hookd::small;
 use crate::config::keys::{self, Section};
 use crate::config::reader::{self, Reader};
 use crate::config::{Filter, Since, Webhook, values};
+use crate::pure::format::Format;
 use crate::pure::secret::Secret;
 use crate::pure::url::Url;
 
@@ -34,7 +35,7 @@ pub(crate) fn parse(
     let mut reader = Reader::new(Section::Webhook, Some(name), section);
     let mut found = check_endpoint(name, endpoint);
     reader.word("watch", &keys::WATCH_LATER);
-    reader.word("format", &keys::FORMAT_LATER);
+    let format = reader.word("format", &[]);
     let webhook = Webhook {
         name: name.to_owned(),
         endpoint: Secret::new(endpoint.text.expose().trim()),
@@ -58,6 +59,7 @@ pub(crate) fn parse(
         dead_letter_on: reader.with_default("dead_letter_on", values::statuses),
         payload_bytes_max: usize::try_from(reader.size("payload_bytes_max"))
             .expect("the table bounds this size"),
+        format: Format::parse(format).expect("the table's words are those of formats"),
         paused: reader.flag("paused"),
         ca_file: reader.path("ca_file"),
         fingerprint: fingerprint(endpoint, section),

@@ -404,7 +404,7 @@ impl<'a> Dispatcher<'a> {
             return;
         }
         match answer.outcome {
-            Outcome::Status { status: 200..=299, .. } => {
+            outcome if self.dispatch.endpoint().is_delivered(outcome) => {
                 self.failures.remove(&id);
                 log::debug!("webhook `{}`: `{id}` delivered", self.webhook.name);
             }
@@ -740,6 +740,7 @@ pub(crate) fn settings(webhook: &config::Webhook) -> Settings {
         retry_after_max: webhook.retry_after_max,
         dead_letter_after: webhook.dead_letter_after,
         dead_letter_on: webhook.dead_letter_on.clone(),
+        delivered_on: webhook.format.delivered_on(),
         give_up_after: webhook.give_up_after,
     }
 }
@@ -755,5 +756,6 @@ pub(crate) fn telling(source: &str, webhook: &config::Webhook, db: &str) -> Tell
         conflicts: webhook.conflicts,
         design_docs: webhook.design_docs,
         payload_bytes_max: webhook.payload_bytes_max,
+        format: webhook.format,
     }
 }

@@ -192,7 +192,7 @@ fn headers(webhook: &config::Webhook, url: &Url) -> Result<(HeaderMap, Vec<Secre
         Ok::<_, String>(value)
     };
     let mut headers = HeaderMap::new();
-    headers.insert(CONTENT_TYPE, HeaderValue::from_static("application/json"));
+    headers.insert(CONTENT_TYPE, HeaderValue::from_static(webhook.format.content_type()));
     let user_agent = concat!("couch-hookd/", env!("CARGO_PKG_VERSION"));
     headers.insert(USER_AGENT, HeaderValue::from_static(user_agent));
     headers.insert(HOOKD_WEBHOOK, value("hookd-webhook", &webhook.name)?);

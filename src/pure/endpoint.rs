@@ -42,6 +42,8 @@ pub struct Settings {
     pub dead_letter_after: u32,
     /// Statuses that suspect the event.
     pub dead_letter_on: Vec<u16>,
+    /// Statuses beside 2xx that mean delivered.
+    pub delivered_on: &'static [u16],
     /// With `concurrency = 1`: how long one event may hold up the others.
     pub give_up_after: Duration,
 }
@@ -87,12 +89,13 @@ pub enum Class {
 }
 
 /// Sorts an answer by the table of DESIGN §6.
-pub fn class(outcome: Outcome, dead_letter_on: &[u16]) -> Class {
+pub fn class(outcome: Outcome, settings: &Settings) -> Class {
     let Outcome::Status { status, .. } = outcome else { return Class::Endpoint };
     match status {
         200..=299 => Class::Delivered,
+        _ if settings.delivered_on.contains(&status) => Class::Delivered,
         410 => Class::Gone,
-        _ if dead_letter_on.contains(&status) => Class::Event,
+        _ if settings.dead_letter_on.contains(&status) => Class::Event,
         401 | 403 | 404 | 405 | 407 | 408 | 425 | 429 => Class::Endpoint,
         400..=499 => Class::Event,
         _ => Class::Endpoint,
@@ -282,6 +285,11 @@ impl Endpoint {
         self.hold_until.is_none() && matches!(self.state, State::Up { allowed } if self.in_flight < allowed)
     }
 
+    /// Whether an answer means that it was delivered.
+    pub fn is_delivered(&self, outcome: Outcome) -> bool {
+        class(outcome, &self.settings) == Class::Delivered
+    }
+
     /// Deliveries in flight.
     pub fn n_in_flight(&self) -> usize {
         self.in_flight
@@ -367,7 +375,7 @@ impl Endpoint {
             }
             State::Up { .. } | State::Down { .. } | State::Gone => false,
         };
-        let class = class(outcome, &self.settings.dead_letter_on);
+        let class = class(outcome, &self.settings);
         if class != Class::Delivered {
             trial.failures += 1;
         }
@@ -384,7 +392,7 @@ impl Endpoint {
     pub fn on_replay_outcome(&mut self, token: u64, outcome: Outcome, at: Moment) -> bool {
         let was_probe = matches!(self.state, State::Down { probing, .. } if probing == Some(token));
         self.on_given_back(token);
-        let taken = class(outcome, &self.settings.dead_letter_on) == Class::Delivered;
+        let taken = class(outcome, &self.settings) == Class::Delivered;
         if taken {
             self.on_delivered();
         } else if outcome == Outcome::Unreachable {

@@ -14,6 +14,7 @@ use crate::pure::changes::{Row, RowDoc};
 use crate::pure::dispatch::{Action, Attempt, Dispatch, Fetched, Notice, SuspectLetter};
 use crate::pure::endpoint::{self, LetterClass, Moment, Outcome, Settings, WINDOW_EVENTS};
 use crate::pure::flow::{Flow, Opened, Position, Read, ReadFault};
+use crate::pure::format::Format;
 use crate::pure::message::{Arrived, Event, Telling, WebhookId};
 use crate::pure::seq::Seq;
 
@@ -203,6 +204,7 @@ fn settings(concurrency: usize) -> Settings {
         retry_after_max: Duration::from_secs(3600),
         dead_letter_after: 3,
         dead_letter_on: vec![400, 409, 411, 413, 414, 415, 422, 431, 501],
+        delivered_on: &[],
         give_up_after: Duration::from_secs(600),
     }
 }
@@ -222,6 +224,7 @@ impl World {
             conflicts: false,
             design_docs: false,
             payload_bytes_max: 1 << 20,
+            format: Format::Standard,
         });
         let now = crate::sys::now();
         let mut poison = HashMap::new();
@@ -501,6 +504,7 @@ impl World {
             revs: vec![update.rev.clone()],
             deleted: false,
             doc: RowDoc::Absent,
+            line: None,
         };
         let mark = self.dispatch.flow(flow).mark().expect("it was opened").to_owned();
         let arrived = self.tellings[flow].arrived(row, &mark, jiff::Timestamp::UNIX_EPOCH);

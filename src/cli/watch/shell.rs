@@ -220,13 +220,12 @@ impl<'a> Shell<'a> {
 
     fn on_done(&mut self, token: u64, answer: &Answer) -> Result<()> {
         let Some(attempt) = self.in_flight.remove(&token) else { return Ok(()) };
-        let (word, colour) = match answer.outcome {
-            Outcome::Status { status, .. } if (200..300).contains(&status) => {
-                (status.to_string(), Colour::Green)
-            }
-            Outcome::Status { status, .. } => (status.to_string(), Colour::Red),
-            Outcome::Unreachable | Outcome::Timeout | Outcome::Broken => ("---".to_owned(), Colour::Red),
+        let word = match answer.outcome {
+            Outcome::Status { status, .. } => status.to_string(),
+            Outcome::Unreachable | Outcome::Timeout | Outcome::Broken => "---".to_owned(),
         };
+        let is_delivered = self.dispatch.endpoint().is_delivered(answer.outcome);
+        let colour = if is_delivered { Colour::Green } else { Colour::Red };
         let told = shown(&self.telling, &attempt.event);
         let why = match colour {
             Colour::Green => String::new(),

@@ -24,18 +24,23 @@ struct Rig {
     next_token: u64,
 }
 
+fn settings(concurrency: usize) -> Settings {
+    Settings {
+        concurrency,
+        retry_schedule: [1, 5, 15, 30, 60, 120, 300].map(seconds).to_vec(),
+        retry_after_max: seconds(3600),
+        dead_letter_after: 3,
+        dead_letter_on: vec![400, 409, 411, 413, 414, 415, 422, 431, 501],
+        delivered_on: &[],
+        give_up_after: seconds(24 * 3600),
+    }
+}
+
 impl Rig {
     fn new(concurrency: usize) -> Rig {
         let now = crate::sys::now();
-        let settings = Settings {
-            concurrency,
-            retry_schedule: [1, 5, 15, 30, 60, 120, 300].map(seconds).to_vec(),
-            retry_after_max: seconds(3600),
-            dead_letter_after: 3,
-            dead_letter_on: vec![400, 409, 411, 413, 414, 415, 422, 431, 501],
-            give_up_after: seconds(24 * 3600),
-        };
-        Rig { endpoint: Endpoint::new(settings, now), now, trials: HashMap::new(), next_token: 0 }
+        let endpoint = Endpoint::new(settings(concurrency), now);
+        Rig { endpoint, now, trials: HashMap::new(), next_token: 0 }
     }
 
     /// One that takes events already.
@@ -100,10 +105,10 @@ impl Rig {
 
 #[test]
 fn the_status_says_whom_to_suspect() {
-    let letters = [400, 409, 411, 413, 414, 415, 422, 431, 501];
+    let settings = settings(8);
     let check = |status, expected| {
         let outcome = Outcome::Status { status, retry_after: None };
-        assert_eq!(class(outcome, &letters), expected, "{status}");
+        assert_eq!(class(outcome, &settings), expected, "{status}");
     };
     for status in [200, 201, 204, 299] {
         check(status, Class::Delivered);
@@ -116,10 +121,14 @@ fn the_status_says_whom_to_suspect() {
     }
     check(410, Class::Gone);
     for outcome in [Outcome::Unreachable, Outcome::Timeout, Outcome::Broken] {
-        assert_eq!(class(outcome, &letters), Class::Endpoint);
+        assert_eq!(class(outcome, &settings), Class::Endpoint);
     }
     let not_found = Outcome::Status { status: 404, retry_after: None };
-    assert_eq!(class(not_found, &[404]), Class::Event, "the operator's list counts first");
+    let listed = Settings { dead_letter_on: vec![404], ..settings.clone() };
+    assert_eq!(class(not_found, &listed), Class::Event, "the operator's list counts first");
+    let conflict = Outcome::Status { status: 409, retry_after: None };
+    let couchdb = Settings { delivered_on: &[409], ..settings };
+    assert_eq!(class(conflict, &couchdb), Class::Delivered, "it has the document already");
 }
 
 #[test]
