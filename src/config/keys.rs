@@ -41,6 +41,8 @@ pub enum Kind {
     Count(u64, u64),
     /// `512B`, `64KiB`, `1MiB`, within these bounds in bytes.
     Size(u64, u64),
+    /// `10/s`, `100/m`, `1000/h`, or `off`.
+    Rate,
     /// HTTP statuses, separated by commas, or `off`.
     Statuses,
     /// Event types, separated by commas; `*` stands for any text.
@@ -76,12 +78,8 @@ pub struct Key {
 pub const WATCH_LATER: [&str; 3] = ["databases", "replications", "daemon"];
 
 /// Keys that a later version takes.
-pub const LATER: [(Section, &str); 4] = [
-    (Section::Hookd, "status_listen"),
-    (Section::Webhook, "batch_max"),
-    (Section::Webhook, "batch_wait"),
-    (Section::Webhook, "rate_limit"),
-];
+pub const LATER: [(Section, &str); 3] =
+    [(Section::Hookd, "status_listen"), (Section::Webhook, "batch_max"), (Section::Webhook, "batch_wait")];
 
 /// How a key comes to stand in a section of ours that it does not belong to.
 ///
@@ -260,6 +258,12 @@ pub const KEYS: &[Key] = &[
         "1MiB",
         "Larger documents are left out of the payload.",
     ),
+    webhook(
+        "rate_limit",
+        Kind::Rate,
+        "off",
+        "Attempts in a second, a minute or an hour, retries among them; one second's worth may go out at once.",
+    ),
     webhook("paused", Kind::Flag, "false", "Stops the webhook; its place is kept."),
     optional(webhook(
         "ca_file",
@@ -287,6 +291,7 @@ impl fmt::Display for Kind {
             }
             Kind::Count(min, max) => write!(f, "number, {min} to {max}"),
             Kind::Size(min, max) => write!(f, "size, {} to {}", short_size(*min), short_size(*max)),
+            Kind::Rate => f.write_str("`N/s`, `N/m`, `N/h`, or `off`"),
             Kind::Statuses => f.write_str("statuses, by commas, or `off`"),
             Kind::Events => f.write_str("event types, by commas"),
             Kind::JsonObject => f.write_str("JSON object"),

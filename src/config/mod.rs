@@ -23,6 +23,7 @@ use std::time::Duration;
 use crate::config::finding::{Finding, Raw, Value};
 use crate::config::keys::Section;
 use crate::pure::format::Format;
+use crate::pure::rate::RateLimit;
 use crate::pure::secret::Secret;
 use crate::pure::url::Url;
 
@@ -273,6 +274,8 @@ pub struct Webhook {
     pub payload_bytes_max: usize,
     /// Shape of the bodies.
     pub format: Format,
+    /// Attempts in a time, probes and retries among them; `None`: any number.
+    pub rate_limit: Option<RateLimit>,
     /// Stopped by configuration.
     pub paused: bool,
     /// PEM file with roots for this endpoint beside the others.

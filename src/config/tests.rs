@@ -149,6 +149,7 @@ fn defaults_are_those_of_the_table() {
                     ],
                     payload_bytes_max: 1048576,
                     format: Standard,
+                    rate_limit: None,
                     paused: false,
                     ca_file: None,
                     fingerprint: "5a9604a38e61de906703fcfcfa4c289f8ba0933a776e81da4c936fe6cdf9f91c",
@@ -370,6 +371,13 @@ fn faults_of_a_webhook_are_said() {
             "payload_bytes_max = 1GiB",
             "payload_bytes_max = 99999999999999999999MiB",
             "batch_max = 5",
+            "rate_limit = off",
+            "rate_limit = 1000/h",
+            "rate_limit = 10",
+            "rate_limit = 0/s",
+            "rate_limit = 10/d",
+            "rate_limit = 10 / s",
+            "format = xml",
             "url = https://c4n4ry.example",
             "selectr = {}",
             "Watch = changes",
@@ -487,6 +495,20 @@ fn faults_of_a_webhook_are_said() {
                 payload_bytes_max: expected a size from `1KiB` to `16MiB`, got `99999999999999999999MiB`
             "batch_max = 5"
                 batch_max: this key is not available in this version; delete the line
+            "rate_limit = off"
+                fine
+            "rate_limit = 1000/h"
+                fine
+            "rate_limit = 10"
+                rate_limit: expected `off` or a rate such as `10/s`, `100/m` or `1000/h`, got `10`; write `10/s` or `10/m`
+            "rate_limit = 0/s"
+                rate_limit: expected a rate from 1 to 1000000, got `0/s`
+            "rate_limit = 10/d"
+                rate_limit: expected `off` or a rate such as `10/s`, `100/m` or `1000/h`, got `10/d`
+            "rate_limit = 10 / s"
+                rate_limit: expected `off` or a rate such as `10/s`, `100/m` or `1000/h`, got `10 / s`
+            "format = xml"
+                format: expected `standard` or `cloudevents` or `raw` or `slack` or `couchdb_doc`, got `xml`
             "url = https://c4n4ry.example"
                 url: this key is unknown; put `orders = URL` under [hookd.webhooks]
             "selectr = {}"

@@ -60,6 +60,7 @@ pub(crate) fn parse(
         payload_bytes_max: usize::try_from(reader.size("payload_bytes_max"))
             .expect("the table bounds this size"),
         format: Format::parse(format).expect("the table's words are those of formats"),
+        rate_limit: reader.with_default("rate_limit", values::rate_limit),
         paused: reader.flag("paused"),
         ca_file: reader.path("ca_file"),
         fingerprint: fingerprint(endpoint, section),

@@ -742,6 +742,7 @@ pub(crate) fn settings(webhook: &config::Webhook) -> Settings {
         dead_letter_on: webhook.dead_letter_on.clone(),
         delivered_on: webhook.format.delivered_on(),
         give_up_after: webhook.give_up_after,
+        rate_limit: webhook.rate_limit,
     }
 }
 

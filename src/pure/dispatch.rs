@@ -382,7 +382,7 @@ impl Dispatch {
                 Start::Go | Start::No => lanes.take(now, token),
             };
             let pending = pending.expect("the flow said that it has one");
-            self.endpoint.on_start(token, &mut pending.trial);
+            self.endpoint.on_start(token, &mut pending.trial, now);
             let attempt = attempt(token, flow, Arc::clone(&pending.event), pending.trial.attempts);
             self.work.insert(token, Work::Attempt { flow, replay: false });
             self.turn = flow + 1;
@@ -583,7 +583,7 @@ impl Dispatch {
                     let state = std::mem::replace(&mut self.suspects[at].state, Replay::Sent(token));
                     let Replay::Ready(event) = state else { unreachable!("matched above") };
                     let pending = self.flows[flow].lanes().start_replay(*event, token);
-                    self.endpoint.on_start(token, &mut pending.trial);
+                    self.endpoint.on_start(token, &mut pending.trial, now);
                     let mut attempt = attempt(token, flow, Arc::clone(&pending.event), 1);
                     attempt.replay = true;
                     self.work.insert(token, Work::Attempt { flow, replay: true });

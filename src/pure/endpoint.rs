@@ -14,6 +14,7 @@
 
 use std::time::{Duration, Instant};
 
+use crate::pure::rate::{Bucket, RateLimit};
 use crate::pure::retry;
 
 /// Unfinished events a webhook may hold, over all its databases.
@@ -46,6 +47,8 @@ pub struct Settings {
     pub delivered_on: &'static [u16],
     /// With `concurrency = 1`: how long one event may hold up the others.
     pub give_up_after: Duration,
+    /// Attempts in a time, probes and retries among them.
+    pub rate_limit: Option<RateLimit>,
 }
 
 /// The time of an input, and a number in `0.0..1.0` to spread what follows from it.
@@ -224,6 +227,9 @@ pub struct Endpoint {
     refusal_run: u64,
     /// `Retry-After`: nothing goes out before, whatever comes of what was in flight when it was said.
     hold_until: Option<Instant>,
+    /// `rate_limit`, and until when it lets nothing out.
+    bucket: Option<Bucket>,
+    rate_until: Option<Instant>,
     /// Lane and time of the first 410.
     gone_seen: Option<(u64, Instant)>,
     n_suspects: usize,
@@ -236,6 +242,8 @@ impl Endpoint {
     /// A start counts as down: one delivery first, at once.
     pub fn new(settings: Settings, now: Instant) -> Endpoint {
         Endpoint {
+            bucket: settings.rate_limit.map(Bucket::new),
+            rate_until: None,
             settings,
             state: State::Down { probes_failed: 0, probe_at: now, probing: None, needs_delivery: false },
             in_flight: 0,
@@ -282,7 +290,9 @@ impl Endpoint {
 
     /// Whether it takes deliveries in order of arrival, and one more now.
     pub fn has_free_delivery(&self) -> bool {
-        self.hold_until.is_none() && matches!(self.state, State::Up { allowed } if self.in_flight < allowed)
+        self.hold_until.is_none()
+            && self.rate_until.is_none()
+            && matches!(self.state, State::Up { allowed } if self.in_flight < allowed)
     }
 
     /// Whether an answer means that it was delivered.
@@ -313,11 +323,12 @@ impl Endpoint {
     /// Time passed: what `Retry-After` asked for may be over.
     pub fn on_time(&mut self, now: Instant) {
         self.hold_until = self.hold_until.filter(|until| now < *until);
+        self.rate_until = self.rate_until.filter(|until| now < *until);
     }
 
     /// Whether a delivery may start at `now`.
     pub fn may_start(&self, now: Instant) -> Start {
-        if self.hold_until.is_some_and(|until| now < until) {
+        if self.hold_until.max(self.rate_until).is_some_and(|until| now < until) {
             return Start::No;
         }
         match self.state {
@@ -330,17 +341,23 @@ impl Endpoint {
     /// When `may_start` changes by time alone.
     pub fn next_deadline(&self) -> Option<Instant> {
         match self.state {
-            State::Up { .. } => self.hold_until,
-            State::Down { probe_at, probing: None, .. } => Some(probe_at).max(self.hold_until),
+            State::Up { .. } => self.hold_until.max(self.rate_until),
+            State::Down { probe_at, probing: None, .. } => {
+                Some(probe_at).max(self.hold_until).max(self.rate_until)
+            }
             State::Down { .. } | State::Gone => None,
         }
     }
 
     /// A delivery started; `token` names it.
-    pub fn on_start(&mut self, token: u64, trial: &mut Trial) {
+    pub fn on_start(&mut self, token: u64, trial: &mut Trial, now: Instant) {
         trial.attempts += 1;
         trial.delivered_at_start = self.n_delivered;
         self.in_flight += 1;
+        if let Some(bucket) = &mut self.bucket {
+            bucket.take(now);
+            self.rate_until = bucket.next_at().filter(|until| now < *until);
+        }
         if let State::Down { probing, .. } = &mut self.state {
             *probing = Some(token);
         }

@@ -14,6 +14,7 @@ pub mod log_limit;
 pub mod login;
 pub mod message;
 pub mod os_daemon;
+pub mod rate;
 pub mod redact;
 pub mod retry;
 mod scan;

@@ -16,6 +16,7 @@ use crate::pure::endpoint::{self, LetterClass, Moment, Outcome, Settings, WINDOW
 use crate::pure::flow::{Flow, Opened, Position, Read, ReadFault};
 use crate::pure::format::Format;
 use crate::pure::message::{Arrived, Event, Telling, WebhookId};
+use crate::pure::rate::RateLimit;
 use crate::pure::seq::Seq;
 
 const FLOWS: usize = 3;
@@ -162,6 +163,7 @@ struct World {
     strict: bool,
     one: bool,
     concurrency: usize,
+    rate_limit: Option<RateLimit>,
     page_rows: usize,
     dbs: Vec<Db>,
     /// Marks in the webhook's record.
@@ -197,9 +199,10 @@ struct World {
     seen: Seen,
 }
 
-fn settings(concurrency: usize) -> Settings {
+fn settings(concurrency: usize, rate_limit: Option<RateLimit>) -> Settings {
     Settings {
         concurrency,
+        rate_limit,
         retry_schedule: [1, 5, 15, 30, 60, 120, 300].map(Duration::from_secs).to_vec(),
         retry_after_max: Duration::from_secs(3600),
         dead_letter_after: 3,
@@ -214,6 +217,8 @@ impl World {
         let mut rng = Rng::with_seed(seed);
         let one = rng.u8(..4) == 0;
         let concurrency = *rng.choice(&[1, 2, 8, 8]).unwrap();
+        let per = Duration::from_secs(*rng.choice(&[1, 60]).unwrap());
+        let rate_limit = (rng.u8(..4) == 0).then(|| RateLimit { n: rng.u32(1..200), per });
         let filtered: Vec<bool> = (0..FLOWS).map(|_| rng.u8(..3) == 0).collect();
         let tellings = (0..FLOWS).map(|flow| Telling {
             webhook: "w".into(),
@@ -239,6 +244,7 @@ impl World {
             strict: concurrency == 1,
             one,
             concurrency,
+            rate_limit,
             page_rows: *rng.choice(&[1, 3, 7, 1_000]).unwrap(),
             dbs: (0..FLOWS).map(|flow| Db::new(one, flow as u64)).collect(),
             known: vec![None; FLOWS],
@@ -252,7 +258,7 @@ impl World {
             calm: false,
             next_mark: 100,
             next_rev: 1,
-            dispatch: Dispatch::new(settings(concurrency), Vec::new(), now),
+            dispatch: Dispatch::new(settings(concurrency, rate_limit), Vec::new(), now),
             jobs: Vec::new(),
             reads: Vec::new(),
             late: Vec::new(),
@@ -277,7 +283,7 @@ impl World {
         let page_rows = self.page_rows;
         let flow = || Flow::new(self.strict, Duration::from_secs(60), Duration::from_secs(5));
         let flows = (0..FLOWS).map(|_| flow().with_page_rows(page_rows));
-        self.dispatch = Dispatch::new(settings(self.concurrency), flows.collect(), self.now);
+        self.dispatch = Dispatch::new(settings(self.concurrency, self.rate_limit), flows.collect(), self.now);
         let suspects = self.letters.iter().filter(|(_, (_, _, class))| *class == LetterClass::Suspect);
         let suspects = suspects
             .map(|(id, (flow, doc_id, _))| (*flow, SuspectLetter { id: *id, doc_id: doc_id.clone() }))

@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 use crate::pure::endpoint::{
     Class, DownReason, Endpoint, LetterClass, Moment, Notice, Outcome, Settings, Start, Trial, Verdict, class,
 };
+use crate::pure::rate::RateLimit;
 
 const OK: Outcome = Outcome::Status { status: 200, retry_after: None };
 const ERROR: Outcome = Outcome::Status { status: 500, retry_after: None };
@@ -33,6 +34,7 @@ fn settings(concurrency: usize) -> Settings {
         dead_letter_on: vec![400, 409, 411, 413, 414, 415, 422, 431, 501],
         delivered_on: &[],
         give_up_after: seconds(24 * 3600),
+        rate_limit: None,
     }
 }
 
@@ -56,7 +58,7 @@ impl Rig {
     fn start(&mut self, event: &'static str) -> u64 {
         self.next_token += 1;
         let trial = self.trials.entry(event).or_default();
-        self.endpoint.on_start(self.next_token, trial);
+        self.endpoint.on_start(self.next_token, trial, self.now);
         self.next_token
     }
 
@@ -429,4 +431,28 @@ fn those_still_in_flight_when_it_went_down_do_not_set_the_pace() {
     rig.get("x", Outcome::Unreachable);
     rig.end(late, "late", OK, false);
     rig.check_start(Start::Go);
+}
+
+#[test]
+fn a_rate_limit_holds_probes_and_retries_too_and_says_until_when() {
+    let mut rig = Rig::new(8);
+    let limit = RateLimit { n: 30, per: seconds(60) };
+    rig.endpoint = Endpoint::new(Settings { rate_limit: Some(limit), ..settings(8) }, rig.now);
+    rig.get("a", Outcome::Unreachable);
+    // The schedule would probe after a second; the limit says two.
+    assert_eq!(rig.endpoint.next_deadline(), Some(rig.now + seconds(2)));
+    rig.pass(seconds(1));
+    rig.endpoint.on_time(rig.now);
+    rig.check_start(Start::No);
+    rig.pass(seconds(1));
+    rig.endpoint.on_time(rig.now);
+    rig.check_start(Start::Probe);
+    rig.get("a", OK);
+    rig.check_start(Start::No);
+    assert!(!rig.endpoint.has_free_delivery(), "it is up, and the limit holds");
+    assert_eq!(rig.endpoint.next_deadline(), Some(rig.now + seconds(2)), "a time to wait for, no busy loop");
+    rig.pass(seconds(2));
+    rig.endpoint.on_time(rig.now);
+    rig.check_start(Start::Go);
+    assert_eq!(rig.endpoint.next_deadline(), None);
 }
