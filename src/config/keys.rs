@@ -258,6 +258,19 @@ pub const KEYS: &[Key] = &[
         "1MiB",
         "Larger documents are left out of the payload.",
     ),
+    webhook("batch_max", Kind::Count(1, 500), "1", "Events in one request; `1` is no batches."),
+    webhook(
+        "batch_wait",
+        Kind::Duration(s(0), s(60)),
+        "0s",
+        "How long an event waits for others to make a batch with.",
+    ),
+    webhook(
+        "batch_bytes_max",
+        Kind::Size(1024, 16 << 20),
+        "1MiB",
+        "Longest body of a batch; a larger event goes alone.",
+    ),
     webhook(
         "rate_limit",
         Kind::Rate,

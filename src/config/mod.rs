@@ -22,6 +22,7 @@ use std::time::Duration;
 
 use crate::config::finding::{Finding, Raw, Value};
 use crate::config::keys::Section;
+use crate::pure::dispatch::batches::Batching;
 use crate::pure::format::Format;
 use crate::pure::rate::RateLimit;
 use crate::pure::secret::Secret;
@@ -276,6 +277,8 @@ pub struct Webhook {
     pub format: Format,
     /// Attempts in a time, probes and retries among them; `None`: any number.
     pub rate_limit: Option<RateLimit>,
+    /// Several events in one request; `None`: never.
+    pub batching: Option<Batching>,
     /// Stopped by configuration.
     pub paused: bool,
     /// PEM file with roots for this endpoint beside the others.

@@ -150,6 +150,7 @@ fn defaults_are_those_of_the_table() {
                     payload_bytes_max: 1048576,
                     format: Standard,
                     rate_limit: None,
+                    batching: None,
                     paused: false,
                     ca_file: None,
                     fingerprint: "5a9604a38e61de906703fcfcfa4c289f8ba0933a776e81da4c936fe6cdf9f91c",
@@ -371,6 +372,8 @@ fn faults_of_a_webhook_are_said() {
             "payload_bytes_max = 1GiB",
             "payload_bytes_max = 99999999999999999999MiB",
             "batch_max = 5",
+            "batch_max = 501",
+            "batch_max = 5\nformat = slack",
             "rate_limit = off",
             "rate_limit = 1000/h",
             "rate_limit = 10",
@@ -494,7 +497,11 @@ fn faults_of_a_webhook_are_said() {
             "payload_bytes_max = 99999999999999999999MiB"
                 payload_bytes_max: expected a size from `1KiB` to `16MiB`, got `99999999999999999999MiB`
             "batch_max = 5"
-                batch_max: this key is not available in this version; delete the line
+                fine
+            "batch_max = 501"
+                batch_max: expected a number from 1 to 500, got `501`
+            "batch_max = 5\nformat = slack"
+                batch_max: a request with `format = slack` holds one event: expected `batch_max = 1`, or `format = standard` or `format = cloudevents`, got `batch_max = 5`
             "rate_limit = off"
                 fine
             "rate_limit = 1000/h"

@@ -14,6 +14,7 @@
 
 use std::time::{Duration, Instant};
 
+use crate::pure::dispatch::batches::Batching;
 use crate::pure::rate::{Bucket, RateLimit};
 use crate::pure::retry;
 
@@ -49,6 +50,8 @@ pub struct Settings {
     pub give_up_after: Duration,
     /// Attempts in a time, probes and retries among them.
     pub rate_limit: Option<RateLimit>,
+    /// Several events in one request; `None`: never.
+    pub batching: Option<Batching>,
 }
 
 /// The time of an input, and a number in `0.0..1.0` to spread what follows from it.
@@ -128,6 +131,8 @@ pub struct Trial {
     answered_since: Option<Instant>,
     /// Whether its dead letter was looked for.
     looked_up: bool,
+    /// An answer blamed it, perhaps: it goes into no batch.
+    alone: bool,
 }
 
 /// Why a dead letter was stored.
@@ -163,6 +168,22 @@ pub enum Verdict {
     LookUp(Instant),
     /// Store a dead letter, then it is finished.
     DeadLetter(LetterClass),
+}
+
+/// What follows for the events of a batch.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum BatchVerdict {
+    /// Done, all of them.
+    Delivered,
+    /// Refused: each is sent again at once, alone.
+    Apart,
+    /// The endpoint's fault, it seems: each is tried again by the schedule. `alone`: it may have been one of them.
+    Retry {
+        /// Whether they go into no further batch.
+        alone: bool,
+        /// What the answer asked for.
+        not_before: Option<Instant>,
+    },
 }
 
 /// Whether a delivery may start.
@@ -395,6 +416,7 @@ impl Endpoint {
         let class = class(outcome, &self.settings);
         if class != Class::Delivered {
             trial.failures += 1;
+            trial.alone |= class != Class::Endpoint || self.may_be_the_events(outcome);
         }
         match class {
             Class::Delivered => self.on_delivered(),
@@ -402,6 +424,72 @@ impl Endpoint {
             Class::Gone => self.on_gone(trial, lane, was_probe, at),
             Class::Endpoint => self.on_failed(trial, outcome, was_probe, left, at),
         }
+    }
+
+    /// An event goes out in a batch that was started.
+    pub fn join(&self, trial: &mut Trial) {
+        trial.attempts += 1;
+        trial.delivered_at_start = self.n_delivered;
+    }
+
+    /// Judges what came of a batch of `n_events`. It says nothing about a single one of them: no refusal, no strike is
+    /// counted, the endpoint alone is judged. `lane` names the first of its documents.
+    pub fn on_batch_outcome(
+        &mut self,
+        lane: u64,
+        n_events: u64,
+        outcome: Outcome,
+        at: Moment,
+    ) -> BatchVerdict {
+        self.in_flight -= 1;
+        // Of nobody: whatever is held against it is forgotten with it.
+        let mut nobody = Trial::default();
+        match class(outcome, &self.settings) {
+            Class::Delivered => {
+                self.on_delivered();
+                self.n_delivered += n_events - 1;
+                BatchVerdict::Delivered
+            }
+            Class::Event => {
+                self.on_answer();
+                BatchVerdict::Apart
+            }
+            Class::Gone => {
+                self.on_gone(&mut nobody, lane, false, at);
+                BatchVerdict::Retry { alone: true, not_before: None }
+            }
+            Class::Endpoint => {
+                self.on_failed(&mut nobody, outcome, false, false, at);
+                let not_before = self.not_before(outcome, at);
+                BatchVerdict::Retry { alone: self.may_be_the_events(outcome), not_before }
+            }
+        }
+    }
+
+    /// What a batch's verdict means for one of its events: when it is tried again.
+    pub fn part(&self, verdict: BatchVerdict, trial: &mut Trial, at: Moment) -> Instant {
+        match verdict {
+            BatchVerdict::Delivered | BatchVerdict::Apart => {
+                trial.alone = true;
+                at.now
+            }
+            BatchVerdict::Retry { alone, not_before } => {
+                trial.alone |= alone;
+                trial.failures += 1;
+                self.retry_at(trial, not_before, at)
+            }
+        }
+    }
+
+    /// Whether an endpoint-class answer may be an event's fault: not where nobody answered, or asked for time.
+    fn may_be_the_events(&self, outcome: Outcome) -> bool {
+        !matches!(outcome, Outcome::Unreachable | Outcome::Status { retry_after: Some(_), .. })
+    }
+
+    /// Until when an answer asks to be left alone.
+    fn not_before(&self, outcome: Outcome, at: Moment) -> Option<Instant> {
+        let Outcome::Status { retry_after, .. } = outcome else { return None };
+        retry_after.map(|after| at.now + after.min(self.settings.retry_after_max))
     }
 
     /// What came of a suspect that was sent again: `true` when it was taken. Its failure says nothing new about
@@ -447,14 +535,11 @@ impl Endpoint {
         }
     }
 
-    fn on_refused(&mut self, trial: &mut Trial, lane: u64, was_probe: bool, at: Moment) -> Verdict {
+    /// It answers, so it is up; how it takes other events is not known yet. `false`: only a delivery would show that.
+    fn on_answer(&mut self) -> bool {
         match self.state {
-            State::Down { needs_delivery: true, .. } => {
-                self.probe_failed(was_probe, DownReason::RefusesEverything, None, at);
-                return Verdict::RetryAt(self.retry_at(trial, None, at));
-            }
+            State::Down { needs_delivery: true, .. } => return false,
             State::Down { .. } => {
-                // It answers, so it is up; how it takes other events is not known yet.
                 self.say_up();
                 self.proven = true;
                 self.state = State::Up { allowed: 1 };
@@ -462,6 +547,14 @@ impl Endpoint {
             State::Up { .. } | State::Gone => {}
         }
         self.failed_in_a_row = 0;
+        true
+    }
+
+    fn on_refused(&mut self, trial: &mut Trial, lane: u64, was_probe: bool, at: Moment) -> Verdict {
+        if !self.on_answer() {
+            self.probe_failed(was_probe, DownReason::RefusesEverything, None, at);
+            return Verdict::RetryAt(self.retry_at(trial, None, at));
+        }
         if !self.refused.contains(&lane) {
             self.refused.push(lane);
         }
@@ -514,12 +607,7 @@ impl Endpoint {
         left: bool,
         at: Moment,
     ) -> Verdict {
-        let retry_after = match outcome {
-            Outcome::Status { retry_after, .. } => {
-                retry_after.map(|after| at.now + after.min(self.settings.retry_after_max))
-            }
-            Outcome::Unreachable | Outcome::Timeout | Outcome::Broken => None,
-        };
+        let retry_after = self.not_before(outcome, at);
         self.hold_until = self.hold_until.max(retry_after);
         let unreachable = outcome == Outcome::Unreachable;
         if unreachable {
@@ -655,6 +743,11 @@ impl Trial {
     #[must_use]
     pub fn of_successor(&self) -> Trial {
         Trial { failures: self.failures, ..Trial::default() }
+    }
+
+    /// Whether it goes into no batch: an answer may have been meant for it.
+    pub fn is_alone(&self) -> bool {
+        self.alone
     }
 
     /// The look-up failed: the next refusal asks again.

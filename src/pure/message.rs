@@ -119,6 +119,18 @@ impl Event {
         FIXED + self.doc_id.len() + doc + line
     }
 
+    /// What it adds to the body of a batch, in bytes, about: its seq and id stand there twice in some formats.
+    pub fn body_bytes(&self) -> usize {
+        const FIXED: usize = 600;
+        let doc = match &self.doc {
+            EventDoc::Json(doc) => doc.get().len(),
+            EventDoc::Absent | EventDoc::TooLarge(_) | EventDoc::Gone => 0,
+        };
+        let seq = self.seq.as_ref().map_or(0, |seq| seq.as_json().len());
+        let conflicts: usize = self.conflicts.iter().map(|rev| rev.len() + 3).sum();
+        FIXED + 2 * (self.doc_id.len() + seq) + conflicts + doc
+    }
+
     /// A number for its document, to key memory with.
     pub fn doc_key(&self) -> u64 {
         doc_key(&self.doc_id)

@@ -236,6 +236,12 @@ impl Record {
         self.deliveries.iter().filter(|delivery| delivery.accepted()).count()
     }
 
+    /// Events answered with 2xx, repeats included.
+    pub fn n_events_accepted(&self) -> usize {
+        let accepted = self.deliveries.iter().filter(|delivery| delivery.accepted());
+        accepted.map(|delivery| delivery.events.len()).sum()
+    }
+
     /// Requests whose signature is not right.
     pub fn n_unverified(&self) -> usize {
         self.deliveries.iter().filter(|delivery| delivery.verified.is_err()).count()

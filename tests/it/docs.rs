@@ -73,6 +73,18 @@ fn the_examples_of_formats_are_what_the_code_makes() {
 }
 
 #[test]
+fn the_example_of_a_batch_is_one() {
+    let text = read("docs/events.md");
+    let batch: Value = serde_json::from_str(code_blocks(&text, "json batch").next().unwrap()).unwrap();
+    let events = batch["data"].as_array().unwrap();
+    let ids: Vec<&str> = events.iter().map(|event| event["id"].as_str().unwrap()).collect();
+    assert_eq!(batch["id"], WebhookId::of(&ids).to_string());
+    for event in events {
+        assert_eq!(faults(event), [""; 0], "{event}");
+    }
+}
+
+#[test]
 fn every_shape_of_a_body_fits_the_schema() {
     let check = |telling: &Telling, row: Row, expected_members: &str| {
         let event = telling.arrived(row, "5f0c", "2026-11-22T00:52:43.622Z".parse().unwrap()).event.unwrap();

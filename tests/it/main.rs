@@ -3,6 +3,7 @@
 #![allow(clippy::unwrap_used, reason = "all of it is test")]
 
 mod bad_input;
+mod batches;
 mod cli;
 mod configuring;
 mod couch;

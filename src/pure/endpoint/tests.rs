@@ -35,6 +35,7 @@ fn settings(concurrency: usize) -> Settings {
         delivered_on: &[],
         give_up_after: seconds(24 * 3600),
         rate_limit: None,
+        batching: None,
     }
 }
 

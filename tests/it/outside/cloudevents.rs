@@ -50,8 +50,11 @@ fn the_sdk_reads_what_we_send() {
     let Some(python) = super::interop_python() else { return };
     let requests = sent("", 20);
     assert_eq!(read_by_the_sdk(&python, &requests).unwrap(), "20 requests, 20 events, 1 of them deletions");
+    let requests = sent("batch_max = 8\nbatch_wait = 200ms", 20);
+    let said = read_by_the_sdk(&python, &requests).unwrap();
+    assert!(requests.len() < 15 && said.ends_with("20 events, 1 of them deletions"), "{said}");
     // What the script must notice, so that its word means something.
     let mut wrong = requests[0].clone();
-    wrong.body = String::from_utf8(wrong.body).unwrap().replacen("\"source\"", "\"sauce\"", 1).into_bytes();
+    wrong.body.push(b' ');
     assert!(read_by_the_sdk(&python, &[wrong]).unwrap_err().contains("signature"));
 }
