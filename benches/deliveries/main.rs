@@ -18,6 +18,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use couch_hookd::pure::changes::{Item, Parser, Shape};
+use couch_hookd::pure::format::Format;
 use couch_hookd::pure::message::Telling;
 use couch_hookd::sys;
 use nix::sys::signal::{Signal, kill};
@@ -299,6 +300,7 @@ fn bodies() -> Vec<Vec<u8>> {
         conflicts: false,
         design_docs: false,
         payload_bytes_max: 1 << 20,
+        format: Format::Standard,
     };
     let body = |item| match item {
         Item::Row(row) => {

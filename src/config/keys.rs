@@ -41,6 +41,8 @@ pub enum Kind {
     Count(u64, u64),
     /// `512B`, `64KiB`, `1MiB`, within these bounds in bytes.
     Size(u64, u64),
+    /// `10/s`, `100/m`, `1000/h`, or `off`.
+    Rate,
     /// HTTP statuses, separated by commas, or `off`.
     Statuses,
     /// Event types, separated by commas; `*` stands for any text.
@@ -75,16 +77,9 @@ pub struct Key {
 /// Words of `watch` that a later version takes.
 pub const WATCH_LATER: [&str; 3] = ["databases", "replications", "daemon"];
 
-/// Words of `format` that a later version takes.
-pub const FORMAT_LATER: [&str; 4] = ["cloudevents", "raw", "slack", "couchdb_doc"];
-
 /// Keys that a later version takes.
-pub const LATER: [(Section, &str); 4] = [
-    (Section::Hookd, "status_listen"),
-    (Section::Webhook, "batch_max"),
-    (Section::Webhook, "batch_wait"),
-    (Section::Webhook, "rate_limit"),
-];
+pub const LATER: [(Section, &str); 3] =
+    [(Section::Hookd, "status_listen"), (Section::Webhook, "batch_max"), (Section::Webhook, "batch_wait")];
 
 /// How a key comes to stand in a section of ours that it does not belong to.
 ///
@@ -218,7 +213,12 @@ pub const KEYS: &[Key] = &[
         "Signing secret `whsec_...`; several, newest first, are separated by commas, and every one signs.",
     )),
     optional(webhook("header.*", Kind::Secret, "blue", "An extra request header: `header.x-tenant = blue`.")),
-    webhook("format", Kind::Word(&["standard"]), "standard", "Shape of the payload."),
+    webhook(
+        "format",
+        Kind::Word(&["standard", "cloudevents", "raw", "slack", "couchdb_doc"]),
+        "standard",
+        "Shape of the payload: ours, CloudEvents, the change line, a chat's message, a document for a CouchDB.",
+    ),
     webhook("timeout", Kind::Duration(ms(100), s(600)), "15s", "For one attempt, all of it."),
     webhook("connect_timeout", Kind::Duration(ms(100), s(60)), "5s", "For connecting, TLS included."),
     webhook(
@@ -258,6 +258,25 @@ pub const KEYS: &[Key] = &[
         "1MiB",
         "Larger documents are left out of the payload.",
     ),
+    webhook("batch_max", Kind::Count(1, 500), "1", "Events in one request; `1` is no batches."),
+    webhook(
+        "batch_wait",
+        Kind::Duration(s(0), s(60)),
+        "0s",
+        "How long an event waits for others to make a batch with.",
+    ),
+    webhook(
+        "batch_bytes_max",
+        Kind::Size(1024, 16 << 20),
+        "1MiB",
+        "Longest body of a batch; a larger event goes alone.",
+    ),
+    webhook(
+        "rate_limit",
+        Kind::Rate,
+        "off",
+        "Attempts in a second, a minute or an hour, retries among them; one second's worth may go out at once.",
+    ),
     webhook("paused", Kind::Flag, "false", "Stops the webhook; its place is kept."),
     optional(webhook(
         "ca_file",
@@ -285,6 +304,7 @@ impl fmt::Display for Kind {
             }
             Kind::Count(min, max) => write!(f, "number, {min} to {max}"),
             Kind::Size(min, max) => write!(f, "size, {} to {}", short_size(*min), short_size(*max)),
+            Kind::Rate => f.write_str("`N/s`, `N/m`, `N/h`, or `off`"),
             Kind::Statuses => f.write_str("statuses, by commas, or `off`"),
             Kind::Events => f.write_str("event types, by commas"),
             Kind::JsonObject => f.write_str("JSON object"),

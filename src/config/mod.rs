@@ -22,6 +22,9 @@ use std::time::Duration;
 
 use crate::config::finding::{Finding, Raw, Value};
 use crate::config::keys::Section;
+use crate::pure::dispatch::batches::Batching;
+use crate::pure::format::Format;
+use crate::pure::rate::RateLimit;
 use crate::pure::secret::Secret;
 use crate::pure::url::Url;
 
@@ -270,6 +273,12 @@ pub struct Webhook {
     pub dead_letter_on: Vec<u16>,
     /// Documents above this many bytes are left out of the payload.
     pub payload_bytes_max: usize,
+    /// Shape of the bodies.
+    pub format: Format,
+    /// Attempts in a time, probes and retries among them; `None`: any number.
+    pub rate_limit: Option<RateLimit>,
+    /// Several events in one request; `None`: never.
+    pub batching: Option<Batching>,
     /// Stopped by configuration.
     pub paused: bool,
     /// PEM file with roots for this endpoint beside the others.

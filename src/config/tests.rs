@@ -148,6 +148,9 @@ fn defaults_are_those_of_the_table() {
                         501,
                     ],
                     payload_bytes_max: 1048576,
+                    format: Standard,
+                    rate_limit: None,
+                    batching: None,
                     paused: false,
                     ca_file: None,
                     fingerprint: "5a9604a38e61de906703fcfcfa4c289f8ba0933a776e81da4c936fe6cdf9f91c",
@@ -369,6 +372,15 @@ fn faults_of_a_webhook_are_said() {
             "payload_bytes_max = 1GiB",
             "payload_bytes_max = 99999999999999999999MiB",
             "batch_max = 5",
+            "batch_max = 501",
+            "batch_max = 5\nformat = slack",
+            "rate_limit = off",
+            "rate_limit = 1000/h",
+            "rate_limit = 10",
+            "rate_limit = 0/s",
+            "rate_limit = 10/d",
+            "rate_limit = 10 / s",
+            "format = xml",
             "url = https://c4n4ry.example",
             "selectr = {}",
             "Watch = changes",
@@ -451,7 +463,7 @@ fn faults_of_a_webhook_are_said() {
             "header. = c4n4ry"
                 header.: this key is unknown; the nearest one is `header.*`
             "format = cloudevents"
-                format: `cloudevents` is not available in this version; expected `standard`
+                fine
             "timeout = 15"
                 timeout: expected a duration with its unit, got `15`; write `15s`
             "timeout = 15 sec"
@@ -485,7 +497,25 @@ fn faults_of_a_webhook_are_said() {
             "payload_bytes_max = 99999999999999999999MiB"
                 payload_bytes_max: expected a size from `1KiB` to `16MiB`, got `99999999999999999999MiB`
             "batch_max = 5"
-                batch_max: this key is not available in this version; delete the line
+                fine
+            "batch_max = 501"
+                batch_max: expected a number from 1 to 500, got `501`
+            "batch_max = 5\nformat = slack"
+                batch_max: a request with `format = slack` holds one event: expected `batch_max = 1`, or `format = standard` or `format = cloudevents`, got `batch_max = 5`
+            "rate_limit = off"
+                fine
+            "rate_limit = 1000/h"
+                fine
+            "rate_limit = 10"
+                rate_limit: expected `off` or a rate such as `10/s`, `100/m` or `1000/h`, got `10`; write `10/s` or `10/m`
+            "rate_limit = 0/s"
+                rate_limit: expected a rate from 1 to 1000000, got `0/s`
+            "rate_limit = 10/d"
+                rate_limit: expected `off` or a rate such as `10/s`, `100/m` or `1000/h`, got `10/d`
+            "rate_limit = 10 / s"
+                rate_limit: expected `off` or a rate such as `10/s`, `100/m` or `1000/h`, got `10 / s`
+            "format = xml"
+                format: expected `standard` or `cloudevents` or `raw` or `slack` or `couchdb_doc`, got `xml`
             "url = https://c4n4ry.example"
                 url: this key is unknown; put `orders = URL` under [hookd.webhooks]
             "selectr = {}"

@@ -8,6 +8,7 @@ use std::time::Duration;
 use serde_json::Value as Json;
 
 use crate::config::keys;
+use crate::pure::rate::RateLimit;
 use crate::pure::signature::Key;
 
 /// As much of a text as an error may show: 40 characters, and none of one that looks like a secret put into
@@ -150,6 +151,33 @@ pub(crate) fn size(text: &str, min: u64, max: u64) -> Result<u64, String> {
             let (min, max) = (keys::short_size(min), keys::short_size(max));
             Err(format!("expected a size from `{min}` to `{max}`, got `{}`", shown(text)))
         }
+    }
+}
+
+/// The most attempts that a `rate_limit` may name.
+const RATE_MAX: u32 = 1_000_000;
+
+/// `10/s`, `100/m`, `1000/h`; `off` is none.
+pub(crate) fn rate_limit(text: &str) -> Result<Option<RateLimit>, String> {
+    if text == "off" {
+        return Ok(None);
+    }
+    let expected = "expected `off` or a rate such as `10/s`, `100/m` or `1000/h`";
+    let digits = text.bytes().take_while(u8::is_ascii_digit).count();
+    let (number, unit) = text.split_at(digits);
+    let seconds = match unit {
+        "/s" => 1,
+        "/m" => 60,
+        "/h" => 3600,
+        "" if digits > 0 => {
+            let number = shown(number);
+            return Err(format!("{expected}, got `{number}`; write `{number}/s` or `{number}/m`"));
+        }
+        _ => return Err(format!("{expected}, got `{}`", shown(text))),
+    };
+    match number.parse() {
+        Ok(n) if (1..=RATE_MAX).contains(&n) => Ok(Some(RateLimit { n, per: Duration::from_secs(seconds) })),
+        _ => Err(format!("expected a rate from 1 to {RATE_MAX}, got `{}`", shown(text))),
     }
 }
 

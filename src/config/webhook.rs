@@ -12,6 +12,8 @@ use crate::config::hookd::small;
 use crate::config::keys::{self, Section};
 use crate::config::reader::{self, Reader};
 use crate::config::{Filter, Since, Webhook, values};
+use crate::pure::dispatch::batches::Batching;
+use crate::pure::format::Format;
 use crate::pure::secret::Secret;
 use crate::pure::url::Url;
 
@@ -34,7 +36,7 @@ pub(crate) fn parse(
     let mut reader = Reader::new(Section::Webhook, Some(name), section);
     let mut found = check_endpoint(name, endpoint);
     reader.word("watch", &keys::WATCH_LATER);
-    reader.word("format", &keys::FORMAT_LATER);
+    let format = Format::parse(reader.word("format", &[])).expect("the table's words are those of formats");
     let webhook = Webhook {
         name: name.to_owned(),
         endpoint: Secret::new(endpoint.text.expose().trim()),
@@ -58,6 +60,9 @@ pub(crate) fn parse(
         dead_letter_on: reader.with_default("dead_letter_on", values::statuses),
         payload_bytes_max: usize::try_from(reader.size("payload_bytes_max"))
             .expect("the table bounds this size"),
+        format,
+        rate_limit: reader.with_default("rate_limit", values::rate_limit),
+        batching: batching(&mut reader, format),
         paused: reader.flag("paused"),
         ca_file: reader.path("ca_file"),
         fingerprint: fingerprint(endpoint, section),
@@ -139,6 +144,25 @@ fn filter(reader: &mut Reader<'_>) -> Option<Filter> {
         .read("filter", values::design_function)
         .map(|name| Filter::Function { name, params: params.unwrap_or_default() });
     selector.or(doc_ids).or(view).or(function)
+}
+
+/// `None` where a request holds one event.
+fn batching(reader: &mut Reader<'_>, format: Format) -> Option<Batching> {
+    let max = small(reader.count("batch_max"));
+    let wait = reader.duration("batch_wait");
+    let bytes_max = usize::try_from(reader.size("batch_bytes_max")).expect("the table bounds this size");
+    if max < 2 {
+        return None;
+    }
+    if !format.takes_batches() {
+        let word = Format::WORDS.iter().find(|(_, other)| *other == format).map_or("", |(word, _)| word);
+        let message = format!(
+            "a request with `format = {word}` holds one event: expected `batch_max = 1`, or `format = standard` or \
+             `format = cloudevents`, got `batch_max = {max}`"
+        );
+        reader.error("batch_max", message);
+    }
+    Some(Batching { max, wait, bytes_max })
 }
 
 fn secrets(reader: &mut Reader<'_>) -> Vec<Secret> {

@@ -37,6 +37,8 @@ pub struct FeedRequest {
     pub conflicts: bool,
     /// Longer documents are left out while reading, in bytes.
     pub doc_bytes_max: usize,
+    /// Whether rows keep their text, for `format = raw`.
+    pub keeps_lines: bool,
     /// The longest time without a byte; `None` = any, for filtered feeds.
     pub silence: Option<Duration>,
     /// The longest time for the whole request; `None` = any.
@@ -138,7 +140,7 @@ impl Feed {
             FeedKind::Page { .. } => Shape::Page,
             FeedKind::Continuous { .. } => Shape::Lines,
         };
-        let mut parser = Parser::new(shape, request.doc_bytes_max);
+        let mut parser = Parser::new(shape, request.doc_bytes_max).keeping_lines(request.keeps_lines);
         let mut items = Vec::new();
         let mut buffer = vec![0; READ_BYTES];
         loop {
@@ -302,6 +304,7 @@ mod tests {
             include_docs: false,
             conflicts: false,
             doc_bytes_max: 1024,
+            keeps_lines: false,
             silence: Some(Duration::from_secs(10)),
             deadline: None,
         }

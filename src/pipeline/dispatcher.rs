@@ -21,7 +21,7 @@ use crate::pipeline::checkpointer::{self, Stored};
 use crate::pipeline::complaints::{Complaint, Outage};
 use crate::pipeline::feed_reader::{Fed, Reader};
 use crate::pipeline::store::{Change, Errand, Errant, Store};
-use crate::pipeline::webhook::{Answer, Endpoint};
+use crate::pipeline::webhook::{Answer, Endpoint, Job};
 use crate::pipeline::workers::Workers;
 use crate::pure::checkpoint::Mark;
 use crate::pure::dispatch::{Action, Attempt, Dispatch, FlowIndex, Notice};
@@ -223,7 +223,7 @@ struct Dispatcher<'a> {
     readers: Vec<Reader>,
     store: Store,
     endpoint: Arc<Endpoint>,
-    workers: Workers<Attempt>,
+    workers: Workers<Job>,
     in_flight: Table<u64, (WebhookId, jiff::Timestamp)>,
     failures: HashMap<WebhookId, Failure>,
     complaints: Vec<Complaint>,
@@ -404,7 +404,7 @@ impl<'a> Dispatcher<'a> {
             return;
         }
         match answer.outcome {
-            Outcome::Status { status: 200..=299, .. } => {
+            outcome if self.dispatch.endpoint().is_delivered(outcome) => {
                 self.failures.remove(&id);
                 log::debug!("webhook `{}`: `{id}` delivered", self.webhook.name);
             }
@@ -414,14 +414,21 @@ impl<'a> Dispatcher<'a> {
                     Outcome::Unreachable | Outcome::Timeout | Outcome::Broken => None,
                 };
                 log::debug!("webhook `{}`: `{id}`: {outcome:?} {}", self.webhook.name, answer.text);
-                if self.failures.len() >= FAILURES_MAX {
-                    self.failures.clear();
+                // What a batch was answered is about none of its events.
+                if !self.dispatch.is_batch(token) {
+                    self.note_failure(id, status, answer.text, started);
                 }
-                let first = self.failures.get(&id).map_or(started, |failure| failure.first);
-                self.failures.insert(id, Failure { status, text: answer.text, first });
             }
         }
         self.dispatch.on_outcome(token, answer.outcome, Moment { now, jitter: sys::jitter() });
+    }
+
+    fn note_failure(&mut self, id: WebhookId, status: Option<u16>, text: String, started: jiff::Timestamp) {
+        if self.failures.len() >= FAILURES_MAX {
+            self.failures.clear();
+        }
+        let first = self.failures.get(&id).map_or(started, |failure| failure.first);
+        self.failures.insert(id, Failure { status, text, first });
     }
 
     fn on_stored(&mut self, Stored { flow, result }: Stored) {
@@ -520,7 +527,8 @@ impl<'a> Dispatcher<'a> {
                 self.readers[flow].read(read, known);
             }
             Action::Close(flow) => self.readers[flow].close(),
-            Action::Attempt(attempt) => self.deliver(attempt),
+            Action::Attempt(attempt) => self.deliver(attempt.event.id, Job::One(attempt)),
+            Action::Batch(batch) => self.deliver(batch.id, Job::Batch(batch)),
             Action::LookUp(attempt) => self.store.order(Errand::LookUp(attempt.token, attempt.event.id)),
             Action::StoreLetter(attempt, class) => self.store_letter(&attempt, class, now),
             Action::DeleteLetter(id) => {
@@ -554,9 +562,9 @@ impl<'a> Dispatcher<'a> {
         }
     }
 
-    fn deliver(&mut self, attempt: Attempt) {
-        self.in_flight.insert(attempt.token, (attempt.event.id, sys::wall()));
-        if let Err(error) = self.workers.give(attempt, self.in_flight.len()) {
+    fn deliver(&mut self, id: WebhookId, job: Job) {
+        self.in_flight.insert(job.token(), (id, sys::wall()));
+        if let Err(error) = self.workers.give(job, self.in_flight.len()) {
             log::error!("webhook `{}`: {error}", self.webhook.name);
         }
     }
@@ -693,17 +701,17 @@ fn workers(
     endpoint: &Arc<Endpoint>,
     tellings: &Arc<Vec<Telling>>,
     done: Sender<Done>,
-) -> Workers<Attempt> {
+) -> Workers<Job> {
     let (endpoint, tellings) = (Arc::clone(endpoint), Arc::clone(tellings));
     let permits = Arc::clone(&shared.permits);
     let name = format!("worker:{}", webhook.name);
-    Workers::new(name, webhook.concurrency, WORKER_IDLE, move |attempt: Attempt| {
-        let token = attempt.token;
-        let deliver = AssertUnwindSafe(|| endpoint.deliver(&tellings[attempt.flow], &attempt));
+    Workers::new(name, webhook.concurrency, WORKER_IDLE, move |job: Job| {
+        let token = job.token();
+        let deliver = AssertUnwindSafe(|| endpoint.deliver(&tellings, &job));
         // The panic was logged by its hook; the event must not hang for it.
         let answer = catch_unwind(deliver)
             .unwrap_or_else(|_| Answer { outcome: Outcome::Broken, text: "we panicked".to_owned() });
-        drop(attempt);
+        drop(job);
         permits.give_back();
         match done.send(Done { token, answer }) {
             Ok(()) => ControlFlow::Continue(()),
@@ -740,7 +748,10 @@ pub(crate) fn settings(webhook: &config::Webhook) -> Settings {
         retry_after_max: webhook.retry_after_max,
         dead_letter_after: webhook.dead_letter_after,
         dead_letter_on: webhook.dead_letter_on.clone(),
+        delivered_on: webhook.format.delivered_on(),
         give_up_after: webhook.give_up_after,
+        rate_limit: webhook.rate_limit,
+        batching: webhook.batching,
     }
 }
 
@@ -755,5 +766,6 @@ pub(crate) fn telling(source: &str, webhook: &config::Webhook, db: &str) -> Tell
         conflicts: webhook.conflicts,
         design_docs: webhook.design_docs,
         payload_bytes_max: webhook.payload_bytes_max,
+        format: webhook.format,
     }
 }

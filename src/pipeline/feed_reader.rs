@@ -24,6 +24,7 @@ use crate::pure::changes::Item;
 use crate::pure::checkpoint::{Checkpoint, Mark};
 use crate::pure::dispatch::FlowIndex;
 use crate::pure::flow::{Opened, Read, ReadFault};
+use crate::pure::format::Format;
 use crate::pure::message::{Arrived, Telling};
 use crate::pure::seq::Seq;
 use crate::sys::{self, Thread};
@@ -255,6 +256,7 @@ impl State {
             include_docs: self.telling.include_docs,
             conflicts: self.telling.conflicts,
             doc_bytes_max: self.telling.payload_bytes_max + ROW_MARGIN,
+            keeps_lines: self.telling.format == Format::Raw,
             silence: (!filtered).then_some(self.shared.hookd.feed_timeout + SILENCE_MARGIN),
             deadline: (filtered && is_page).then(|| FILTERED_DEADLINE * 2_u32.pow(self.misses.min(6))),
         };

@@ -160,6 +160,7 @@ impl State {
             revs: Vec::new(),
             deleted: false,
             doc: RowDoc::Json(doc),
+            line: None,
         };
         Ok(telling.arrived(row, &mark.to_string(), sys::wall()).event.map_or(Fetched::Gone, Fetched::Event))
     }

@@ -19,8 +19,10 @@ use crate::error::{Context, Error, Kind, Result};
 use crate::names::Names;
 use crate::pipeline::agents::Agents;
 use crate::pure::dispatch::Attempt;
+use crate::pure::dispatch::batches::Batch;
 use crate::pure::endpoint::Outcome;
-use crate::pure::message::{Event, Telling};
+use crate::pure::format;
+use crate::pure::message::{Telling, WebhookId};
 use crate::pure::redact::Redactor;
 use crate::pure::retry;
 use crate::pure::secret::Secret;
@@ -55,6 +57,25 @@ pub struct Answer {
     pub text: String,
 }
 
+/// What a worker is given to do.
+#[derive(Debug)]
+pub enum Job {
+    /// One event.
+    One(Attempt),
+    /// Several in one request.
+    Batch(Batch),
+}
+
+impl Job {
+    /// Names it in its outcome.
+    pub fn token(&self) -> u64 {
+        match self {
+            Job::One(attempt) => attempt.token,
+            Job::Batch(batch) => batch.token,
+        }
+    }
+}
+
 /// A webhook's endpoint: knows how to ask, not when.
 pub struct Endpoint {
     agents: Agents,
@@ -63,6 +84,8 @@ pub struct Endpoint {
     uri: Uri,
     /// What every request carries.
     headers: HeaderMap,
+    /// Of a request with several events, in the place of the one among `headers`.
+    batch_content_type: &'static str,
     keys: Vec<Key>,
     /// What must not come back to us in an answer's text.
     redactor: Redactor,
@@ -92,20 +115,30 @@ impl Endpoint {
             names,
             uri,
             headers,
+            batch_content_type: webhook.format.batch_content_type(),
             keys: keys.map_err(fault).context(|| "secret".to_owned())?,
             redactor,
             n_answers: AtomicU64::new(0),
         })
     }
 
-    /// Sends one event and waits for the answer.
-    pub fn deliver(&self, telling: &Telling, attempt: &Attempt) -> Answer {
-        let body = telling.body(&attempt.event);
-        let first = self.send(&attempt.event, attempt.attempt, attempt.replay, &body);
-        match first {
+    /// Sends one event, or several at once, and waits for the answer. `tellings` are those of the webhook's databases.
+    pub fn deliver(&self, tellings: &[Telling], job: &Job) -> Answer {
+        let (id, body, attempt, replay, content_type) = match job {
+            Job::One(one) => {
+                (one.event.id, tellings[one.flow].body(&one.event), one.attempt, one.replay, None)
+            }
+            Job::Batch(batch) => {
+                let parts = batch.parts.iter().map(|part| (&tellings[part.flow], &*part.event));
+                let content_type = self.batch_content_type;
+                (batch.id, format::batch_body(batch.id, parts), batch.attempt, false, Some(content_type))
+            }
+        };
+        let send = || self.send(id, attempt, replay, content_type, &body);
+        match send() {
             // A pooled connection that the other side had closed: noise, unless it happens again.
             Err(ureq::Error::Io(error)) if is_dead_socket(error.kind()) && self.was_answered() => {
-                self.judge(self.send(&attempt.event, attempt.attempt, attempt.replay, &body))
+                self.judge(send())
             }
             result => self.judge(result),
         }
@@ -122,12 +155,13 @@ impl Endpoint {
 
     fn send(
         &self,
-        event: &Event,
+        id: WebhookId,
         attempt: u32,
         replay: bool,
+        content_type: Option<&'static str>,
         body: &[u8],
     ) -> Result<(u16, Option<Duration>, Vec<u8>), ureq::Error> {
-        let id = event.id.to_string();
+        let id = id.to_string();
         let timestamp = sys::wall().as_second();
         let mut request = Request::post(self.uri.clone()).body(body)?;
         let headers = request.headers_mut();
@@ -137,6 +171,9 @@ impl Endpoint {
         headers.insert(HOOKD_ATTEMPT, attempt.into());
         if let Some(signature) = signature::sign(&self.keys, &id, timestamp, body) {
             headers.insert(WEBHOOK_SIGNATURE, HeaderValue::try_from(signature).expect("it is base64"));
+        }
+        if let Some(content_type) = content_type {
+            headers.insert(CONTENT_TYPE, HeaderValue::from_static(content_type));
         }
         if replay {
             headers.insert(HOOKD_REPLAY, HeaderValue::from_static("true"));
@@ -192,7 +229,7 @@ fn headers(webhook: &config::Webhook, url: &Url) -> Result<(HeaderMap, Vec<Secre
         Ok::<_, String>(value)
     };
     let mut headers = HeaderMap::new();
-    headers.insert(CONTENT_TYPE, HeaderValue::from_static("application/json"));
+    headers.insert(CONTENT_TYPE, HeaderValue::from_static(webhook.format.content_type()));
     let user_agent = concat!("couch-hookd/", env!("CARGO_PKG_VERSION"));
     headers.insert(USER_AGENT, HeaderValue::from_static(user_agent));
     headers.insert(HOOKD_WEBHOOK, value("hookd-webhook", &webhook.name)?);

@@ -30,6 +30,32 @@ pub struct Row {
     pub deleted: bool,
     /// What came as `doc`.
     pub doc: RowDoc,
+    /// The row's text, where the parser was told to keep it.
+    pub line: Option<Box<Line>>,
+}
+
+/// A row as CouchDB wrote it, its `doc` taken out.
+#[derive(Debug, Clone)]
+pub struct Line {
+    /// With `null` in the place of `doc`.
+    text: Box<str>,
+    /// Where that `null` stands.
+    doc_at: Option<usize>,
+}
+
+impl Line {
+    /// The text up to the value of `doc`, and what follows it; all of it and `None` in a row without `doc`.
+    pub fn around_doc(&self) -> (&str, Option<&str>) {
+        match self.doc_at {
+            Some(at) => (&self.text[..at], Some(&self.text[at + "null".len()..])),
+            None => (&self.text, None),
+        }
+    }
+
+    /// Its length without `doc`.
+    pub fn bytes(&self) -> usize {
+        self.text.len()
+    }
 }
 
 /// The `doc` of a row.
@@ -90,6 +116,9 @@ pub struct Parser {
     row: Object,
     doc: Text,
     row_doc: RowDoc,
+    /// Where in `row` it was taken out.
+    doc_at: Option<usize>,
+    keeps_lines: bool,
 }
 
 /// Where the next byte belongs.
@@ -121,7 +150,15 @@ impl Parser {
             row: Object::new(b"doc"),
             doc: Text::new(doc_bytes_max),
             row_doc: RowDoc::Absent,
+            doc_at: None,
+            keeps_lines: false,
         }
+    }
+
+    /// Keeps the text of every row beside what it means: [`Row::line`].
+    #[must_use]
+    pub fn keeping_lines(self, keeps_lines: bool) -> Parser {
+        Parser { keeps_lines, ..self }
     }
 
     /// Takes the next bytes and appends what they complete to `out`. Items before a fault are in `out` all the same.
@@ -167,6 +204,7 @@ impl Parser {
                     let (n_taken, is_done) = self.doc.push(bytes);
                     if is_done {
                         self.row_doc = row_doc(self.doc.take()).map_err(|found| self.bad_row(&found))?;
+                        self.doc_at = Some(self.row.text.len());
                         self.row.text.extend_from_slice(b"null");
                         self.place = Place::Row;
                     }
@@ -205,6 +243,7 @@ impl Parser {
             (Place::Outside | Place::Results, b'{') => {
                 self.row.start();
                 self.row_doc = RowDoc::Absent;
+                self.doc_at = None;
                 self.place = Place::Row;
             }
             (Place::ResultsStart, b'[') => self.place = Place::Results,
@@ -237,6 +276,7 @@ impl Parser {
                 revs: changes.into_iter().map(|change| change.rev.into_owned()).collect(),
                 deleted: envelope.deleted,
                 doc,
+                line: self.keeps_lines.then(|| Box::new(Line { text: text.into(), doc_at: self.doc_at })),
             })),
             Envelope { error: Some(_), .. } => Ok(envelope.fault()),
             Envelope { last_seq: Some(_), .. } if self.shape == Shape::Lines => Ok(envelope.end()),
@@ -450,6 +490,7 @@ mod tests {
                 doc: self.doc.map_or(RowDoc::Absent, |doc| {
                     RowDoc::Json(Document::parse(doc.get().to_owned()).unwrap())
                 }),
+                line: None,
             })
         }
     }

@@ -4,9 +4,12 @@
 //! Everything that decides is here or below, so that a simulation can run it through crashes that no machine
 //! would show in a year.
 
+pub mod batches;
+
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use crate::pure::dispatch::batches::{Batch, Batching, Next};
 use crate::pure::endpoint::{self, Endpoint, LetterClass, Moment, Outcome, Settings, Start, Verdict};
 use crate::pure::flow::{self, Flow, Opened, Position, Read, ReadFault};
 use crate::pure::message::{self, Arrived, Event};
@@ -34,6 +37,8 @@ pub enum Action {
     Close(FlowIndex),
     /// One request to the endpoint: `on_outcome` or `on_given_back`.
     Attempt(Attempt),
+    /// One request that tells several events, answered likewise.
+    Batch(Batch),
     /// Is there a dead letter of this event: `on_looked_up`.
     LookUp(Attempt),
     /// `on_letter`.
@@ -126,6 +131,11 @@ pub struct Dispatch {
     flows: Vec<Flow>,
     retry_schedule: Vec<Duration>,
     work: Table<u64, Work>,
+    batching: Option<Batching>,
+    /// Batches in flight: the tokens of their parts.
+    batches: Table<u64, Vec<(u64, FlowIndex)>>,
+    /// Since when something could go that waits for company.
+    batch_since: Option<Instant>,
     suspects: Vec<Suspect>,
     next_token: u64,
     /// Where the next round over the flows begins, for fairness.
@@ -146,6 +156,9 @@ impl Dispatch {
     pub fn new(settings: Settings, flows: Vec<Flow>, now: Instant) -> Dispatch {
         Dispatch {
             retry_schedule: settings.retry_schedule.clone(),
+            batching: settings.batching,
+            batches: Table::default(),
+            batch_since: None,
             endpoint: Endpoint::new(settings, now),
             flows,
             work: Table::default(),
@@ -248,7 +261,10 @@ impl Dispatch {
     /// What came of an attempt.
     pub fn on_outcome(&mut self, token: u64, outcome: Outcome, at: Moment) {
         let now = at.now;
-        let Some(Work::Attempt { flow, replay }) = self.work.remove(&token) else { return };
+        let Some(Work::Attempt { flow, replay }) = self.work.remove(&token) else {
+            self.on_batch_outcome(token, outcome, at);
+            return;
+        };
         if replay {
             self.on_replayed(flow, token, outcome, at);
             return;
@@ -275,7 +291,10 @@ impl Dispatch {
 
     /// The attempt was not made, or not finished, because we are being stopped.
     pub fn on_given_back(&mut self, token: u64, now: Instant) {
-        let Some(Work::Attempt { flow, replay }) = self.work.remove(&token) else { return };
+        let Some(Work::Attempt { flow, replay }) = self.work.remove(&token) else {
+            self.on_batch_given_back(token, now);
+            return;
+        };
         self.endpoint.on_given_back(token);
         if replay {
             self.flows[flow].on_finished(token, now);
@@ -370,19 +389,39 @@ impl Dispatch {
             if start == Start::No {
                 return;
             }
-            let Some(flow) = self.next_flow(start, now) else { return };
+            let next = match self.batching {
+                Some(batching) if start == Start::Go => self.next_batch(batching, now),
+                Some(_) | None => match self.next_flow(start, now) {
+                    Some(flow) => Next::Of(flow),
+                    None => Next::Nothing,
+                },
+            };
+            if matches!(next, Next::Nothing) {
+                return;
+            }
             if !permit() {
                 self.starved = true;
                 return;
             }
+            let (flow, key) = match next {
+                Next::Of(flow) => (flow, None),
+                Next::One(flow, key) => (flow, Some(key)),
+                Next::Batch(keys) => {
+                    self.start_batch(keys, now, actions);
+                    continue;
+                }
+                Next::Nothing => return,
+            };
+            self.batch_since = None;
             let token = self.token();
             let lanes = self.flows[flow].lanes();
-            let pending = match start {
-                Start::Probe => lanes.take_probe(token),
-                Start::Go | Start::No => lanes.take(now, token),
+            let pending = match (start, &key) {
+                (Start::Probe, _) => lanes.take_probe(token),
+                (Start::Go | Start::No, Some(key)) => lanes.take_key(key, token),
+                (Start::Go | Start::No, None) => lanes.take(now, token),
             };
             let pending = pending.expect("the flow said that it has one");
-            self.endpoint.on_start(token, &mut pending.trial);
+            self.endpoint.on_start(token, &mut pending.trial, now);
             let attempt = attempt(token, flow, Arc::clone(&pending.event), pending.trial.attempts);
             self.work.insert(token, Work::Attempt { flow, replay: false });
             self.turn = flow + 1;
@@ -454,7 +493,8 @@ impl Dispatch {
         let ready = self.suspects.iter().any(|suspect| matches!(suspect.state, Replay::Ready(_)));
         let probes = may_deliver && (ready || self.flows.iter().any(Flow::can_probe));
         let probe = if probes { self.endpoint.next_deadline() } else { None };
-        flows.chain(suspects).chain([probe]).flatten().min()
+        let batch = if lanes_count { self.batch_deadline() } else { None };
+        flows.chain(suspects).chain([probe, batch]).flatten().min()
     }
 
     fn token(&mut self) -> u64 {
@@ -583,7 +623,7 @@ impl Dispatch {
                     let state = std::mem::replace(&mut self.suspects[at].state, Replay::Sent(token));
                     let Replay::Ready(event) = state else { unreachable!("matched above") };
                     let pending = self.flows[flow].lanes().start_replay(*event, token);
-                    self.endpoint.on_start(token, &mut pending.trial);
+                    self.endpoint.on_start(token, &mut pending.trial, now);
                     let mut attempt = attempt(token, flow, Arc::clone(&pending.event), 1);
                     attempt.replay = true;
                     self.work.insert(token, Work::Attempt { flow, replay: true });

@@ -14,6 +14,8 @@
 
 use std::time::{Duration, Instant};
 
+use crate::pure::dispatch::batches::Batching;
+use crate::pure::rate::{Bucket, RateLimit};
 use crate::pure::retry;
 
 /// Unfinished events a webhook may hold, over all its databases.
@@ -42,8 +44,14 @@ pub struct Settings {
     pub dead_letter_after: u32,
     /// Statuses that suspect the event.
     pub dead_letter_on: Vec<u16>,
+    /// Statuses beside 2xx that mean delivered.
+    pub delivered_on: &'static [u16],
     /// With `concurrency = 1`: how long one event may hold up the others.
     pub give_up_after: Duration,
+    /// Attempts in a time, probes and retries among them.
+    pub rate_limit: Option<RateLimit>,
+    /// Several events in one request; `None`: never.
+    pub batching: Option<Batching>,
 }
 
 /// The time of an input, and a number in `0.0..1.0` to spread what follows from it.
@@ -87,12 +95,13 @@ pub enum Class {
 }
 
 /// Sorts an answer by the table of DESIGN §6.
-pub fn class(outcome: Outcome, dead_letter_on: &[u16]) -> Class {
+pub fn class(outcome: Outcome, settings: &Settings) -> Class {
     let Outcome::Status { status, .. } = outcome else { return Class::Endpoint };
     match status {
         200..=299 => Class::Delivered,
+        _ if settings.delivered_on.contains(&status) => Class::Delivered,
         410 => Class::Gone,
-        _ if dead_letter_on.contains(&status) => Class::Event,
+        _ if settings.dead_letter_on.contains(&status) => Class::Event,
         401 | 403 | 404 | 405 | 407 | 408 | 425 | 429 => Class::Endpoint,
         400..=499 => Class::Event,
         _ => Class::Endpoint,
@@ -122,6 +131,8 @@ pub struct Trial {
     answered_since: Option<Instant>,
     /// Whether its dead letter was looked for.
     looked_up: bool,
+    /// An answer blamed it, perhaps: it goes into no batch.
+    alone: bool,
 }
 
 /// Why a dead letter was stored.
@@ -157,6 +168,22 @@ pub enum Verdict {
     LookUp(Instant),
     /// Store a dead letter, then it is finished.
     DeadLetter(LetterClass),
+}
+
+/// What follows for the events of a batch.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum BatchVerdict {
+    /// Done, all of them.
+    Delivered,
+    /// Refused: each is sent again at once, alone.
+    Apart,
+    /// The endpoint's fault, it seems: each is tried again by the schedule. `alone`: it may have been one of them.
+    Retry {
+        /// Whether they go into no further batch.
+        alone: bool,
+        /// What the answer asked for.
+        not_before: Option<Instant>,
+    },
 }
 
 /// Whether a delivery may start.
@@ -221,6 +248,9 @@ pub struct Endpoint {
     refusal_run: u64,
     /// `Retry-After`: nothing goes out before, whatever comes of what was in flight when it was said.
     hold_until: Option<Instant>,
+    /// `rate_limit`, and until when it lets nothing out.
+    bucket: Option<Bucket>,
+    rate_until: Option<Instant>,
     /// Lane and time of the first 410.
     gone_seen: Option<(u64, Instant)>,
     n_suspects: usize,
@@ -233,6 +263,8 @@ impl Endpoint {
     /// A start counts as down: one delivery first, at once.
     pub fn new(settings: Settings, now: Instant) -> Endpoint {
         Endpoint {
+            bucket: settings.rate_limit.map(Bucket::new),
+            rate_until: None,
             settings,
             state: State::Down { probes_failed: 0, probe_at: now, probing: None, needs_delivery: false },
             in_flight: 0,
@@ -279,7 +311,14 @@ impl Endpoint {
 
     /// Whether it takes deliveries in order of arrival, and one more now.
     pub fn has_free_delivery(&self) -> bool {
-        self.hold_until.is_none() && matches!(self.state, State::Up { allowed } if self.in_flight < allowed)
+        self.hold_until.is_none()
+            && self.rate_until.is_none()
+            && matches!(self.state, State::Up { allowed } if self.in_flight < allowed)
+    }
+
+    /// Whether an answer means that it was delivered.
+    pub fn is_delivered(&self, outcome: Outcome) -> bool {
+        class(outcome, &self.settings) == Class::Delivered
     }
 
     /// Deliveries in flight.
@@ -305,11 +344,12 @@ impl Endpoint {
     /// Time passed: what `Retry-After` asked for may be over.
     pub fn on_time(&mut self, now: Instant) {
         self.hold_until = self.hold_until.filter(|until| now < *until);
+        self.rate_until = self.rate_until.filter(|until| now < *until);
     }
 
     /// Whether a delivery may start at `now`.
     pub fn may_start(&self, now: Instant) -> Start {
-        if self.hold_until.is_some_and(|until| now < until) {
+        if self.hold_until.max(self.rate_until).is_some_and(|until| now < until) {
             return Start::No;
         }
         match self.state {
@@ -322,17 +362,23 @@ impl Endpoint {
     /// When `may_start` changes by time alone.
     pub fn next_deadline(&self) -> Option<Instant> {
         match self.state {
-            State::Up { .. } => self.hold_until,
-            State::Down { probe_at, probing: None, .. } => Some(probe_at).max(self.hold_until),
+            State::Up { .. } => self.hold_until.max(self.rate_until),
+            State::Down { probe_at, probing: None, .. } => {
+                Some(probe_at).max(self.hold_until).max(self.rate_until)
+            }
             State::Down { .. } | State::Gone => None,
         }
     }
 
     /// A delivery started; `token` names it.
-    pub fn on_start(&mut self, token: u64, trial: &mut Trial) {
+    pub fn on_start(&mut self, token: u64, trial: &mut Trial, now: Instant) {
         trial.attempts += 1;
         trial.delivered_at_start = self.n_delivered;
         self.in_flight += 1;
+        if let Some(bucket) = &mut self.bucket {
+            bucket.take(now);
+            self.rate_until = bucket.next_at().filter(|until| now < *until);
+        }
         if let State::Down { probing, .. } = &mut self.state {
             *probing = Some(token);
         }
@@ -367,9 +413,10 @@ impl Endpoint {
             }
             State::Up { .. } | State::Down { .. } | State::Gone => false,
         };
-        let class = class(outcome, &self.settings.dead_letter_on);
+        let class = class(outcome, &self.settings);
         if class != Class::Delivered {
             trial.failures += 1;
+            trial.alone |= class != Class::Endpoint || self.may_be_the_events(outcome);
         }
         match class {
             Class::Delivered => self.on_delivered(),
@@ -379,12 +426,78 @@ impl Endpoint {
         }
     }
 
+    /// An event goes out in a batch that was started.
+    pub fn join(&self, trial: &mut Trial) {
+        trial.attempts += 1;
+        trial.delivered_at_start = self.n_delivered;
+    }
+
+    /// Judges what came of a batch of `n_events`. It says nothing about a single one of them: no refusal, no strike is
+    /// counted, the endpoint alone is judged. `lane` names the first of its documents.
+    pub fn on_batch_outcome(
+        &mut self,
+        lane: u64,
+        n_events: u64,
+        outcome: Outcome,
+        at: Moment,
+    ) -> BatchVerdict {
+        self.in_flight -= 1;
+        // Of nobody: whatever is held against it is forgotten with it.
+        let mut nobody = Trial::default();
+        match class(outcome, &self.settings) {
+            Class::Delivered => {
+                self.on_delivered();
+                self.n_delivered += n_events - 1;
+                BatchVerdict::Delivered
+            }
+            Class::Event => {
+                self.on_answer();
+                BatchVerdict::Apart
+            }
+            Class::Gone => {
+                self.on_gone(&mut nobody, lane, false, at);
+                BatchVerdict::Retry { alone: true, not_before: None }
+            }
+            Class::Endpoint => {
+                self.on_failed(&mut nobody, outcome, false, false, at);
+                let not_before = self.not_before(outcome, at);
+                BatchVerdict::Retry { alone: self.may_be_the_events(outcome), not_before }
+            }
+        }
+    }
+
+    /// What a batch's verdict means for one of its events: when it is tried again.
+    pub fn part(&self, verdict: BatchVerdict, trial: &mut Trial, at: Moment) -> Instant {
+        match verdict {
+            BatchVerdict::Delivered | BatchVerdict::Apart => {
+                trial.alone = true;
+                at.now
+            }
+            BatchVerdict::Retry { alone, not_before } => {
+                trial.alone |= alone;
+                trial.failures += 1;
+                self.retry_at(trial, not_before, at)
+            }
+        }
+    }
+
+    /// Whether an endpoint-class answer may be an event's fault: not where nobody answered, or asked for time.
+    fn may_be_the_events(&self, outcome: Outcome) -> bool {
+        !matches!(outcome, Outcome::Unreachable | Outcome::Status { retry_after: Some(_), .. })
+    }
+
+    /// Until when an answer asks to be left alone.
+    fn not_before(&self, outcome: Outcome, at: Moment) -> Option<Instant> {
+        let Outcome::Status { retry_after, .. } = outcome else { return None };
+        retry_after.map(|after| at.now + after.min(self.settings.retry_after_max))
+    }
+
     /// What came of a suspect that was sent again: `true` when it was taken. Its failure says nothing new about
     /// the endpoint, unless that cannot be reached.
     pub fn on_replay_outcome(&mut self, token: u64, outcome: Outcome, at: Moment) -> bool {
         let was_probe = matches!(self.state, State::Down { probing, .. } if probing == Some(token));
         self.on_given_back(token);
-        let taken = class(outcome, &self.settings.dead_letter_on) == Class::Delivered;
+        let taken = class(outcome, &self.settings) == Class::Delivered;
         if taken {
             self.on_delivered();
         } else if outcome == Outcome::Unreachable {
@@ -422,14 +535,11 @@ impl Endpoint {
         }
     }
 
-    fn on_refused(&mut self, trial: &mut Trial, lane: u64, was_probe: bool, at: Moment) -> Verdict {
+    /// It answers, so it is up; how it takes other events is not known yet. `false`: only a delivery would show that.
+    fn on_answer(&mut self) -> bool {
         match self.state {
-            State::Down { needs_delivery: true, .. } => {
-                self.probe_failed(was_probe, DownReason::RefusesEverything, None, at);
-                return Verdict::RetryAt(self.retry_at(trial, None, at));
-            }
+            State::Down { needs_delivery: true, .. } => return false,
             State::Down { .. } => {
-                // It answers, so it is up; how it takes other events is not known yet.
                 self.say_up();
                 self.proven = true;
                 self.state = State::Up { allowed: 1 };
@@ -437,6 +547,14 @@ impl Endpoint {
             State::Up { .. } | State::Gone => {}
         }
         self.failed_in_a_row = 0;
+        true
+    }
+
+    fn on_refused(&mut self, trial: &mut Trial, lane: u64, was_probe: bool, at: Moment) -> Verdict {
+        if !self.on_answer() {
+            self.probe_failed(was_probe, DownReason::RefusesEverything, None, at);
+            return Verdict::RetryAt(self.retry_at(trial, None, at));
+        }
         if !self.refused.contains(&lane) {
             self.refused.push(lane);
         }
@@ -489,12 +607,7 @@ impl Endpoint {
         left: bool,
         at: Moment,
     ) -> Verdict {
-        let retry_after = match outcome {
-            Outcome::Status { retry_after, .. } => {
-                retry_after.map(|after| at.now + after.min(self.settings.retry_after_max))
-            }
-            Outcome::Unreachable | Outcome::Timeout | Outcome::Broken => None,
-        };
+        let retry_after = self.not_before(outcome, at);
         self.hold_until = self.hold_until.max(retry_after);
         let unreachable = outcome == Outcome::Unreachable;
         if unreachable {
@@ -630,6 +743,11 @@ impl Trial {
     #[must_use]
     pub fn of_successor(&self) -> Trial {
         Trial { failures: self.failures, ..Trial::default() }
+    }
+
+    /// Whether it goes into no batch: an answer may have been meant for it.
+    pub fn is_alone(&self) -> bool {
+        self.alone
     }
 
     /// The look-up failed: the next refusal asks again.

@@ -210,6 +210,12 @@ impl Flow {
         &mut self.lanes
     }
 
+    /// Whether what is at work came before what waits.
+    #[cfg(test)]
+    pub fn keeps_order(&self) -> bool {
+        self.lanes.keeps_order()
+    }
+
     /// Unfinished events.
     pub fn n_pending(&self) -> usize {
         self.lanes.len()

@@ -37,6 +37,22 @@ struct Lane {
     tried: u64,
 }
 
+/// What of the lanes could go out together.
+#[derive(Debug)]
+pub enum Picked {
+    /// This one, and alone: something was held against it.
+    Alone(Arc<str>),
+    /// These, in order of arrival; perhaps none.
+    Fresh {
+        /// Their lanes.
+        keys: Vec<Arc<str>>,
+        /// What they add to a body.
+        bytes: usize,
+        /// Another one would not have fitted.
+        is_full: bool,
+    },
+}
+
 /// The lanes of one subscription.
 #[derive(Debug, Default)]
 pub struct Lanes {
@@ -159,6 +175,52 @@ impl Lanes {
         }
         let key = self.ready.first_key_value().map(|(_, key)| Arc::clone(key))?;
         Some(self.start(&key, token))
+    }
+
+    /// What is due that could go into one batch: at most `n_max`, together at most `bytes_max`. In strict order nothing is
+    /// passed over.
+    pub fn pick(&mut self, now: Instant, n_max: usize, bytes_max: usize) -> Picked {
+        let (mut keys, mut bytes, mut is_full) = (Vec::new(), 0, false);
+        if !self.can_take(now) {
+            return Picked::Fresh { keys, bytes, is_full };
+        }
+        let first_held = self.held.keys().map(|(_, order)| *order).min().filter(|_| self.strict);
+        for (order, key) in &self.ready {
+            let pending = self.lanes[key].waiting.as_ref().expect("a queued lane has something that waits");
+            if first_held.is_some_and(|held| held < *order) {
+                break;
+            }
+            if pending.trial.is_alone() {
+                if keys.is_empty() || !self.strict {
+                    return Picked::Alone(Arc::clone(key));
+                }
+                // The order asks for those before it to go now.
+                is_full = true;
+                break;
+            }
+            let more = pending.event.body_bytes();
+            if keys.len() == n_max || bytes + more > bytes_max {
+                is_full = true;
+                break;
+            }
+            bytes += more;
+            keys.push(Arc::clone(key));
+        }
+        Picked::Fresh { keys, bytes, is_full }
+    }
+
+    /// What `take` would take.
+    pub fn first_ready(&mut self, now: Instant) -> Option<Arc<str>> {
+        if !self.can_take(now) {
+            return None;
+        }
+        self.ready.first_key_value().map(|(_, key)| Arc::clone(key))
+    }
+
+    /// Starts what waits in a lane that was picked.
+    pub fn take_key(&mut self, key: &Arc<str>, token: u64) -> Option<&mut Pending> {
+        self.lanes.get(key)?.waiting.as_ref()?;
+        Some(self.start(key, token))
     }
 
     /// Starts a probe: the lane that was tried longest ago, due or not.
@@ -288,6 +350,14 @@ impl Lanes {
     /// Whether `take_probe` would give something.
     pub fn can_probe(&self) -> bool {
         (!self.ready.is_empty() || !self.held.is_empty()) && (!self.strict || self.busy.is_empty())
+    }
+
+    /// Whether every event at work came before every one that waits.
+    #[cfg(test)]
+    pub fn keeps_order(&self) -> bool {
+        let busy = self.lanes.values().filter_map(|lane| Some(lane.busy.as_ref()?.order)).max();
+        let waiting = self.lanes.values().filter_map(|lane| Some(lane.waiting.as_ref()?.order)).min();
+        busy.zip(waiting).is_none_or(|(busy, waiting)| busy < waiting)
     }
 
     /// Opens a lane for a dead letter that is sent again. The document must have no lane.

@@ -1,4 +1,4 @@
-//! What is told: from a row of the feed to an event, its `webhook-id`, and the body of a request.
+//! What is told: from a row of the feed to an event and its `webhook-id`. Bodies are `format`'s.
 //!
 //! Guarantees: the same state of a document has the same id for ever (DESIGN §5); `rev` and `doc` belong
 //! together; `doc` passes byte for byte; nothing but allow-listed members of `_users` and replicator documents
@@ -11,8 +11,9 @@ use ring::digest;
 use serde::Deserialize;
 use serde_json::value::RawValue;
 
-use crate::pure::changes::{Row, RowDoc};
+use crate::pure::changes::{Line, Row, RowDoc};
 use crate::pure::document::{Document, Head};
+use crate::pure::format::{self, Format, push_str, push_text};
 use crate::pure::seq::Seq;
 
 /// The stable identity of one thing told to one webhook: `msg_` and 32 hex digits.
@@ -90,6 +91,8 @@ pub struct Event {
     pub seq: Option<Seq>,
     /// The body.
     pub doc: EventDoc,
+    /// The row as CouchDB wrote it, for `format = raw`, where all of it may leave.
+    pub line: Option<Box<Line>>,
     /// When the row was read.
     pub read_at: Timestamp,
 }
@@ -112,7 +115,20 @@ impl Event {
             EventDoc::Json(doc) => doc.get().len(),
             EventDoc::Absent | EventDoc::TooLarge(_) | EventDoc::Gone => 0,
         };
-        FIXED + self.doc_id.len() + doc
+        let line = self.line.as_ref().map_or(0, |line| line.bytes());
+        FIXED + self.doc_id.len() + doc + line
+    }
+
+    /// What it adds to the body of a batch, in bytes, about: its seq and id stand there twice in some formats.
+    pub fn body_bytes(&self) -> usize {
+        const FIXED: usize = 600;
+        let doc = match &self.doc {
+            EventDoc::Json(doc) => doc.get().len(),
+            EventDoc::Absent | EventDoc::TooLarge(_) | EventDoc::Gone => 0,
+        };
+        let seq = self.seq.as_ref().map_or(0, |seq| seq.as_json().len());
+        let conflicts: usize = self.conflicts.iter().map(|rev| rev.len() + 3).sum();
+        FIXED + 2 * (self.doc_id.len() + seq) + conflicts + doc
     }
 
     /// A number for its document, to key memory with.
@@ -198,6 +214,8 @@ pub struct Telling {
     pub design_docs: bool,
     /// Documents above this many bytes are left out.
     pub payload_bytes_max: usize,
+    /// Shape of the bodies.
+    pub format: Format,
 }
 
 impl Telling {
@@ -213,7 +231,7 @@ impl Telling {
     }
 
     fn event(&self, row: Row, mark: &str, read_at: Timestamp) -> Event {
-        let Row { seq, id: doc_id, mut revs, deleted, mut doc } = row;
+        let Row { seq, id: doc_id, mut revs, deleted, mut doc, line } = row;
         // The members decide only where there are any: a body may be newer than its row.
         let head = match &mut doc {
             RowDoc::Json(doc) => doc.take_head(),
@@ -234,7 +252,8 @@ impl Telling {
             std::iter::once(rev.as_str()).chain(conflicts.iter().map(String::as_str)).collect();
         let id = WebhookId::of(&(&self.webhook, &self.db, mark, &doc_id, revisions));
         let doc = self.doc(doc, deleted);
-        Event { id, doc_id, rev, conflicts, deleted, seq, doc, read_at }
+        let line = line.filter(|_| Redaction::of_db(&self.db) == Redaction::None);
+        Event { id, doc_id, rev, conflicts, deleted, seq, doc, line, read_at }
     }
 
     fn doc(&self, doc: RowDoc, deleted: bool) -> EventDoc {
@@ -248,7 +267,8 @@ impl Telling {
             RowDoc::Json(doc) => {
                 let redaction = Redaction::of_db(&self.db);
                 let doc = if redaction == Redaction::None { doc } else { redact(doc.get(), redaction) };
-                if deleted && !has_own_members(doc.get()) {
+                // A raw line holds what CouchDB wrote into it.
+                if deleted && self.format != Format::Raw && !has_own_members(doc.get()) {
                     EventDoc::Absent
                 } else if doc.get().len() > self.payload_bytes_max {
                     EventDoc::TooLarge(doc.get().len() as u64)
@@ -259,69 +279,10 @@ impl Telling {
         }
     }
 
-    /// The body of a request in format `standard`:
-    ///
-    /// `{"id":"msg_5f…","type":"document.updated","timestamp":"2026-11-21T20:46:41.123Z","source":"…","data":{…}}`
+    /// The body of a request that tells this event, in the webhook's format.
     pub fn body(&self, event: &Event) -> Vec<u8> {
-        let mut out = Vec::with_capacity(event.bytes() + 200);
-        push_str(&mut out, "{\"id\":\"");
-        push(&mut out, event.id);
-        push_str(&mut out, "\",\"type\":\"");
-        push_str(&mut out, event.event_type());
-        push_str(&mut out, "\",\"timestamp\":\"");
-        push(&mut out, Rfc3339(event.read_at));
-        push_str(&mut out, "\",\"source\":");
-        push_text(&mut out, &self.source);
-        push_str(&mut out, ",\"data\":{\"webhook\":");
-        push_text(&mut out, &self.webhook);
-        push_str(&mut out, ",\"db\":");
-        push_text(&mut out, &self.db);
-        push_str(&mut out, ",\"id\":");
-        push_text(&mut out, &event.doc_id);
-        push_str(&mut out, ",\"rev\":");
-        push_text(&mut out, &event.rev);
-        if let Some(generation) = generation(&event.rev) {
-            push_str(&mut out, ",\"generation\":");
-            push(&mut out, generation);
-        }
-        push_str(&mut out, if event.deleted { ",\"deleted\":true" } else { ",\"deleted\":false" });
-        if self.conflicts {
-            push_str(&mut out, ",\"conflicts\":");
-            serde_json::to_writer(&mut out, &event.conflicts).expect("texts serialize");
-        }
-        if let Some(seq) = &event.seq {
-            push_str(&mut out, ",\"seq\":");
-            push_str(&mut out, seq.as_json());
-        }
-        match &event.doc {
-            EventDoc::Absent => {}
-            EventDoc::Gone => push_str(&mut out, ",\"doc_omitted\":{\"reason\":\"gone\"}"),
-            EventDoc::TooLarge(bytes) => {
-                push_str(&mut out, ",\"doc_omitted\":{\"reason\":\"too_large\",\"bytes\":");
-                push(&mut out, bytes);
-                out.push(b'}');
-            }
-            EventDoc::Json(doc) => {
-                push_str(&mut out, ",\"doc\":");
-                push_str(&mut out, doc.get());
-            }
-        }
-        push_str(&mut out, "}}");
-        out
+        format::body(self, event)
     }
-}
-
-fn push_str(out: &mut Vec<u8>, text: &str) {
-    out.extend_from_slice(text.as_bytes());
-}
-
-fn push(out: &mut Vec<u8>, value: impl fmt::Display) {
-    std::io::Write::write_fmt(out, format_args!("{value}")).expect("memory takes all text");
-}
-
-/// Appends a text as JSON.
-fn push_text(out: &mut Vec<u8>, text: &str) {
-    serde_json::to_writer(out, text).expect("text serializes");
 }
 
 /// A time in UTC with milliseconds: `2026-11-21T20:46:41.123Z`.
@@ -332,11 +293,6 @@ impl fmt::Display for Rfc3339 {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{:.3}", self.0)
     }
-}
-
-/// The number in front of a revision: 3 of `3-9f…`.
-fn generation(rev: &str) -> Option<u64> {
-    rev.split_once('-').and_then(|(number, _)| number.parse().ok())
 }
 
 /// Whether an event type fits a pattern: `*` stands for any run of characters.
@@ -417,6 +373,7 @@ mod tests {
             conflicts: false,
             design_docs: false,
             payload_bytes_max: 1 << 20,
+            format: Format::Standard,
         }
     }
 
@@ -427,6 +384,7 @@ mod tests {
             revs: vec![rev.into()],
             deleted,
             doc: doc.map_or(RowDoc::Absent, |doc| RowDoc::Json(Document::parse(doc.to_owned()).unwrap())),
+            line: None,
         }
     }
 

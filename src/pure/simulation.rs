@@ -11,10 +11,13 @@ use std::time::{Duration, Instant};
 use fastrand::Rng;
 
 use crate::pure::changes::{Row, RowDoc};
+use crate::pure::dispatch::batches::{Batch, Batching};
 use crate::pure::dispatch::{Action, Attempt, Dispatch, Fetched, Notice, SuspectLetter};
 use crate::pure::endpoint::{self, LetterClass, Moment, Outcome, Settings, WINDOW_EVENTS};
 use crate::pure::flow::{Flow, Opened, Position, Read, ReadFault};
+use crate::pure::format::Format;
 use crate::pure::message::{Arrived, Event, Telling, WebhookId};
+use crate::pure::rate::RateLimit;
 use crate::pure::seq::Seq;
 
 const FLOWS: usize = 3;
@@ -126,6 +129,7 @@ struct Open {
 enum Job {
     Open(usize),
     Attempt(Attempt),
+    Batch(Batch),
     LookUp(Attempt),
     Letter(Attempt, LetterClass),
     Checkpoint(usize, Position),
@@ -153,6 +157,9 @@ struct Seen {
     rolled_back: bool,
     full_page: bool,
     late_checkpoint: bool,
+    batch: bool,
+    batch_refused: bool,
+    batch_crash: bool,
 }
 
 struct World {
@@ -160,7 +167,7 @@ struct World {
     now: Instant,
     strict: bool,
     one: bool,
-    concurrency: usize,
+    settings: Settings,
     page_rows: usize,
     dbs: Vec<Db>,
     /// Marks in the webhook's record.
@@ -196,13 +203,22 @@ struct World {
     seen: Seen,
 }
 
-fn settings(concurrency: usize) -> Settings {
+fn settings(rng: &mut Rng) -> Settings {
+    let per = Duration::from_secs(*rng.choice(&[1, 60]).unwrap());
+    let batching = Batching {
+        max: *rng.choice(&[2, 3, 50]).unwrap(),
+        wait: Duration::from_millis(*rng.choice(&[0, 0, 100, 5_000]).unwrap()),
+        bytes_max: *rng.choice(&[1_300, 1 << 20]).unwrap(),
+    };
     Settings {
-        concurrency,
+        concurrency: *rng.choice(&[1, 2, 8, 8]).unwrap(),
+        rate_limit: (rng.u8(..4) == 0).then(|| RateLimit { n: rng.u32(1..200), per }),
+        batching: rng.bool().then_some(batching),
         retry_schedule: [1, 5, 15, 30, 60, 120, 300].map(Duration::from_secs).to_vec(),
         retry_after_max: Duration::from_secs(3600),
         dead_letter_after: 3,
         dead_letter_on: vec![400, 409, 411, 413, 414, 415, 422, 431, 501],
+        delivered_on: &[],
         give_up_after: Duration::from_secs(600),
     }
 }
@@ -211,7 +227,7 @@ impl World {
     fn new(seed: u64) -> World {
         let mut rng = Rng::with_seed(seed);
         let one = rng.u8(..4) == 0;
-        let concurrency = *rng.choice(&[1, 2, 8, 8]).unwrap();
+        let settings = settings(&mut rng);
         let filtered: Vec<bool> = (0..FLOWS).map(|_| rng.u8(..3) == 0).collect();
         let tellings = (0..FLOWS).map(|flow| Telling {
             webhook: "w".into(),
@@ -222,6 +238,7 @@ impl World {
             conflicts: false,
             design_docs: false,
             payload_bytes_max: 1 << 20,
+            format: Format::Standard,
         });
         let now = crate::sys::now();
         let mut poison = HashMap::new();
@@ -233,9 +250,8 @@ impl World {
         }
         let mut world = World {
             now,
-            strict: concurrency == 1,
+            strict: settings.concurrency == 1,
             one,
-            concurrency,
             page_rows: *rng.choice(&[1, 3, 7, 1_000]).unwrap(),
             dbs: (0..FLOWS).map(|flow| Db::new(one, flow as u64)).collect(),
             known: vec![None; FLOWS],
@@ -249,7 +265,8 @@ impl World {
             calm: false,
             next_mark: 100,
             next_rev: 1,
-            dispatch: Dispatch::new(settings(concurrency), Vec::new(), now),
+            dispatch: Dispatch::new(settings.clone(), Vec::new(), now),
+            settings,
             jobs: Vec::new(),
             reads: Vec::new(),
             late: Vec::new(),
@@ -274,7 +291,7 @@ impl World {
         let page_rows = self.page_rows;
         let flow = || Flow::new(self.strict, Duration::from_secs(60), Duration::from_secs(5));
         let flows = (0..FLOWS).map(|_| flow().with_page_rows(page_rows));
-        self.dispatch = Dispatch::new(settings(self.concurrency), flows.collect(), self.now);
+        self.dispatch = Dispatch::new(self.settings.clone(), flows.collect(), self.now);
         let suspects = self.letters.iter().filter(|(_, (_, _, class))| *class == LetterClass::Suspect);
         let suspects = suspects
             .map(|(id, (flow, doc_id, _))| (*flow, SuspectLetter { id: *id, doc_id: doc_id.clone() }))
@@ -299,10 +316,13 @@ impl World {
                 // On 1.x its `_rev` is refused by then.
                 Job::Checkpoint(flow, position) if !self.one => self.late.push((flow, position)),
                 Job::Attempt(attempt) if self.rng.bool() => {
-                    let outcome = self.outcome(&attempt);
-                    if matches!(outcome, Outcome::Status { status: 200, .. }) {
-                        self.record_delivery(&attempt);
-                    }
+                    let outcome = self.outcome(std::slice::from_ref(&attempt));
+                    self.record_outcome(outcome, std::slice::from_ref(&attempt));
+                }
+                Job::Batch(batch) if self.rng.bool() => {
+                    let outcome = self.outcome(&batch.parts);
+                    self.record_outcome(outcome, &batch.parts);
+                    self.seen.batch_crash = true;
                 }
                 Job::Letter(attempt, class) if self.rng.bool() => self.store_letter(&attempt, class),
                 _ => {}
@@ -392,9 +412,10 @@ impl World {
         }
     }
 
-    fn outcome(&mut self, attempt: &Attempt) -> Outcome {
+    /// What a request is answered that tells these.
+    fn outcome(&mut self, told: &[Attempt]) -> Outcome {
         let status = |status| Outcome::Status { status, retry_after: None };
-        if let Some(poison) = self.poison.get(&attempt.event.doc_id)
+        if let Some(poison) = told.iter().find_map(|one| self.poison.get(&one.event.doc_id))
             && self.mood != Mood::Unreachable
         {
             return if *poison == 503 { Outcome::Timeout } else { status(*poison) };
@@ -414,6 +435,12 @@ impl World {
                 2 => status(422),
                 _ => status(200),
             },
+        }
+    }
+
+    fn record_outcome(&mut self, outcome: Outcome, told: &[Attempt]) {
+        if matches!(outcome, Outcome::Status { status: 200, .. }) {
+            told.iter().for_each(|one| self.record_delivery(one));
         }
     }
 
@@ -501,6 +528,7 @@ impl World {
             revs: vec![update.rev.clone()],
             deleted: false,
             doc: RowDoc::Absent,
+            line: None,
         };
         let mark = self.dispatch.flow(flow).mark().expect("it was opened").to_owned();
         let arrived = self.tellings[flow].arrived(row, &mark, jiff::Timestamp::UNIX_EPOCH);
@@ -630,13 +658,22 @@ impl World {
         match job {
             Job::Open(flow) => self.open(flow),
             Job::Attempt(attempt) => {
-                let outcome = self.outcome(&attempt);
-                if matches!(outcome, Outcome::Status { status: 200, .. }) {
-                    self.record_delivery(&attempt);
-                }
+                let outcome = self.outcome(std::slice::from_ref(&attempt));
+                self.record_outcome(outcome, std::slice::from_ref(&attempt));
                 self.in_flight_docs.remove(&(attempt.flow, attempt.event.doc_id.clone()));
                 let jitter = self.rng.f64();
                 self.dispatch.on_outcome(attempt.token, outcome, Moment { now: self.now, jitter });
+            }
+            Job::Batch(batch) => {
+                let outcome = self.outcome(&batch.parts);
+                self.record_outcome(outcome, &batch.parts);
+                for part in &batch.parts {
+                    self.in_flight_docs.remove(&(part.flow, part.event.doc_id.clone()));
+                }
+                let refused = matches!(outcome, Outcome::Status { status: 400 | 422, .. });
+                self.seen.batch_refused |= refused;
+                let jitter = self.rng.f64();
+                self.dispatch.on_outcome(batch.token, outcome, Moment { now: self.now, jitter });
             }
             Job::LookUp(attempt) => {
                 let exists = self.letters.contains_key(&attempt.event.id);
@@ -699,6 +736,16 @@ impl World {
                     assert!(self.in_flight_docs.insert(doc), "two requests for one document");
                     self.jobs.push(Job::Attempt(attempt));
                 }
+                Action::Batch(batch) => {
+                    let max = self.settings.batching.expect("batches were asked for").max;
+                    assert!((2..=max).contains(&batch.parts.len()), "{} events of {max}", batch.parts.len());
+                    for part in &batch.parts {
+                        let doc = (part.flow, part.event.doc_id.clone());
+                        assert!(self.in_flight_docs.insert(doc), "two requests for one document");
+                    }
+                    self.seen.batch = true;
+                    self.jobs.push(Job::Batch(batch));
+                }
                 Action::LookUp(attempt) => self.jobs.push(Job::LookUp(attempt)),
                 Action::StoreLetter(attempt, class) => self.jobs.push(Job::Letter(attempt, class)),
                 Action::DeleteLetter(id) => {
@@ -712,7 +759,10 @@ impl World {
             }
         }
         let in_flight = self.dispatch.n_in_flight();
-        assert!(in_flight <= self.concurrency, "{in_flight} in flight of {}", self.concurrency);
+        let concurrency = self.settings.concurrency;
+        assert!(in_flight <= concurrency, "{in_flight} in flight of {concurrency}");
+        let in_order = |flow: usize| !self.strict || self.dispatch.flow(flow).keeps_order();
+        assert!((0..FLOWS).all(in_order), "what came later went first: {:?}", self.dispatch);
         assert!(self.dispatch.n_pending() <= WINDOW_EVENTS + 8, "the window is full");
         self.seen.four_in_flight |= in_flight >= 4;
     }
@@ -891,7 +941,7 @@ fn run_all(seeds: impl Iterator<Item = u64>) -> BTreeMap<&'static str, u64> {
 }
 
 /// What schedules must hold often enough for the simulation to mean anything, in percent.
-fn shares(seen: Seen) -> [(&'static str, bool, u8); 9] {
+fn shares(seen: Seen) -> [(&'static str, bool, u8); 12] {
     [
         ("at least 4 in flight", seen.four_in_flight, 20),
         ("a crash between delivery and checkpoint", seen.crash_before_checkpoint, 5),
@@ -902,5 +952,8 @@ fn shares(seen: Seen) -> [(&'static str, bool, u8); 9] {
         ("a server rolled back", seen.rolled_back, 5),
         ("a full page", seen.full_page, 20),
         ("a checkpoint of an earlier life", seen.late_checkpoint, 5),
+        ("a batch", seen.batch, 20),
+        ("a batch refused", seen.batch_refused, 5),
+        ("a crash with a batch in flight", seen.batch_crash, 5),
     ]
 }

@@ -15,7 +15,7 @@ use crate::pure::signature::Mismatch;
 #[derive(Debug, Clone, PartialEq, Eq, Default, Deserialize)]
 pub struct Event {
     /// The event's own id, `msg_…`.
-    #[serde(default)]
+    #[serde(default, alias = "_id")]
     pub id: String,
     /// `document.updated`, …
     #[serde(default, rename = "type")]
@@ -46,7 +46,8 @@ pub struct EventData {
 }
 
 impl Event {
-    /// The events of a body in our standard format; none of another.
+    /// The events of a body, also of a batch, in a format that names them: `standard`, `cloudevents`,
+    /// `couchdb_doc`; none of another.
     pub fn read_all(body: &[u8]) -> Vec<Event> {
         #[derive(Deserialize)]
         struct Batch {
@@ -54,6 +55,9 @@ impl Event {
         }
         if let Ok(batch) = serde_json::from_slice::<Batch>(body) {
             return batch.data;
+        }
+        if let Ok(batch) = serde_json::from_slice::<Vec<Event>>(body) {
+            return batch;
         }
         let one = serde_json::from_slice::<Event>(body).ok().filter(|event| !event.event_type.is_empty());
         one.into_iter().collect()
@@ -230,6 +234,12 @@ impl Record {
     /// Requests answered with 2xx, repeats included.
     pub fn n_accepted(&self) -> usize {
         self.deliveries.iter().filter(|delivery| delivery.accepted()).count()
+    }
+
+    /// Events answered with 2xx, repeats included.
+    pub fn n_events_accepted(&self) -> usize {
+        let accepted = self.deliveries.iter().filter(|delivery| delivery.accepted());
+        accepted.map(|delivery| delivery.events.len()).sum()
     }
 
     /// Requests whose signature is not right.
@@ -428,6 +438,10 @@ mod tests {
         assert_eq!((events.len(), events[0].data.rev.as_str(), events[0].data.deleted), (1, "2-a", true));
         let batch = format!(r#"{{"id":"b","type":"batch","data":[{one},{one}]}}"#);
         assert_eq!(Event::read_all(batch.as_bytes()).len(), 2);
+        let cloudevents = format!("[{one},{one}]");
+        assert_eq!(Event::read_all(cloudevents.as_bytes()).len(), 2);
+        let document = one.replacen("\"id\"", "\"_id\"", 1);
+        assert_eq!(Event::read_all(document.as_bytes())[0].id, "m");
         assert_eq!(Event::read_all(b"not json"), []);
     }
 }

@@ -66,6 +66,7 @@ impl World {
             include_docs: true,
             conflicts: false,
             doc_bytes_max: 10_000,
+            keeps_lines: false,
             silence: Some(Duration::from_secs(20)),
             deadline: None,
         }

@@ -5,7 +5,8 @@
 use std::path::Path;
 
 use couch_hookd::config::keys;
-use couch_hookd::pure::changes::{Row, RowDoc};
+use couch_hookd::pure::changes::{Item, Parser, Row, RowDoc, Shape};
+use couch_hookd::pure::format::Format;
 use couch_hookd::pure::message::{Telling, WebhookId};
 use couch_hookd::pure::seq::Seq;
 use expect_test::expect_file;
@@ -28,7 +29,8 @@ fn links_of_the_documents_lead_to_files() {
     for document in ["README.md", "docs/events.md", "packaging/README.md"] {
         let folder = Path::new(document).parent().unwrap();
         for link in read(document).split("](").skip(1).map(|rest| rest.split(')').next().unwrap()) {
-            let path = Path::new(env!("CARGO_MANIFEST_DIR")).join(folder).join(link);
+            let file = link.split('#').next().unwrap();
+            let path = Path::new(env!("CARGO_MANIFEST_DIR")).join(folder).join(file);
             assert!(link.contains("://") || path.exists(), "{document}: expected a file at `{link}`");
         }
     }
@@ -44,6 +46,42 @@ fn every_example_fits_the_schema() {
         assert_eq!(faults(example), [""; 0], "{example}");
     }
     assert!(text.contains("\"reason\":\"too_large\""), "no example of a document left out");
+}
+
+/// The event of the first example, in each of the other formats.
+#[test]
+fn the_examples_of_formats_are_what_the_code_makes() {
+    let text = read("docs/events.md");
+    let first: Value = serde_json::from_str(code_blocks(&text, "json").next().unwrap()).unwrap();
+    let data = &first["data"];
+    let line = serde_json::json!({
+        "seq": data["seq"], "id": data["id"], "changes": [{"rev": data["rev"]}], "doc": data["doc"],
+    });
+    let mut items = Vec::new();
+    let mut parser = Parser::new(Shape::Lines, 1 << 20).keeping_lines(true);
+    parser.push(line.to_string().as_bytes(), &mut items).unwrap();
+    let Some(Item::Row(row)) = items.pop() else { panic!("expected a row") };
+    let at = first["timestamp"].as_str().unwrap().parse().unwrap();
+    for (word, format) in Format::WORDS {
+        let label = if format == Format::Standard { "json".to_owned() } else { format!("json {word}") };
+        let shown: Value = serde_json::from_str(code_blocks(&text, &label).next().unwrap()).unwrap();
+        let telling = Telling { format, ..telling() };
+        let event = telling.arrived(row.clone(), "83146ee2921be552562ce8f00b98b5b3", at).event.unwrap();
+        let made: Value = serde_json::from_slice(&telling.body(&event)).unwrap();
+        assert_eq!(made, shown, "{word}");
+    }
+}
+
+#[test]
+fn the_example_of_a_batch_is_one() {
+    let text = read("docs/events.md");
+    let batch: Value = serde_json::from_str(code_blocks(&text, "json batch").next().unwrap()).unwrap();
+    let events = batch["data"].as_array().unwrap();
+    let ids: Vec<&str> = events.iter().map(|event| event["id"].as_str().unwrap()).collect();
+    assert_eq!(batch["id"], WebhookId::of(&ids).to_string());
+    for event in events {
+        assert_eq!(faults(event), [""; 0], "{event}");
+    }
 }
 
 #[test]
@@ -129,6 +167,7 @@ fn telling() -> Telling {
         conflicts: false,
         design_docs: false,
         payload_bytes_max: 1 << 20,
+        format: Format::Standard,
     }
 }
 
@@ -140,6 +179,7 @@ fn row(seq: &str, doc: &str) -> Row {
         revs: vec!["3-c".to_owned()],
         deleted: doc.get().contains("_deleted"),
         doc: RowDoc::Json(doc),
+        line: None,
     }
 }
 

@@ -394,3 +394,22 @@ fn a_suspect_is_replayed_after_a_restart_though_nothing_else_happens() {
     world.daemon.start_again();
     world.wait("replay", |record| record.accepted_rev("orders", "d7").is_some());
 }
+
+#[test]
+fn a_rate_limit_paces_first_attempts_and_retries() {
+    let world = World::start(Flavour::V3, "rate_limit = 40/s\nretry_schedule = 100ms");
+    // Every document's first attempt fails, so that half of the attempts are retries.
+    world.receiver.answer(|one| Reaction::Status(if one.attempt == Some(1) { 422 } else { 200 }));
+    write(&world.couch, "orders", 60);
+    world.wait_for_all("orders");
+    world.receiver.look(|record| {
+        let times: Vec<Instant> = record.deliveries().iter().map(|one| one.received_at).collect();
+        let took = *times.last().unwrap() - times[0];
+        let least = Duration::from_millis(1_000 * (times.len() as u64 - 40) / 40);
+        assert!(
+            times.len() >= 120 && took >= least.mul_f64(0.9),
+            "{} in {took:?}, least {least:?}",
+            times.len()
+        );
+    });
+}

@@ -9,6 +9,7 @@ use couch_hookd::couch::client::Server;
 use couch_hookd::couch::feed::{Feed, FeedKind, FeedRequest};
 use couch_hookd::pure::changes::Item;
 use couch_hookd::pure::flow::{Flow, Opened, Read};
+use couch_hookd::pure::format::Format;
 use couch_hookd::pure::message::Telling;
 use couch_hookd::standin::couch::{Flavour, StandIn};
 use couch_hookd::standin::quirks::{Fault, FaultKind};
@@ -133,6 +134,7 @@ fn read_by_sevens(couch: &StandIn, filter: Filter) -> BTreeSet<String> {
         conflicts: false,
         design_docs: false,
         payload_bytes_max: 1024,
+        format: Format::Standard,
     };
     let mut feed = Feed::new(&Server::new(&hookd).unwrap());
     let mut flow = Flow::new(false, hookd.feed_rotate, hookd.checkpoint_interval);
@@ -157,6 +159,7 @@ fn read_by_sevens(couch: &StandIn, filter: Filter) -> BTreeSet<String> {
                     include_docs: false,
                     conflicts: false,
                     doc_bytes_max: 1024,
+                    keeps_lines: false,
                     silence: None,
                     deadline: None,
                 };

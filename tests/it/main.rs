@@ -3,6 +3,7 @@
 #![allow(clippy::unwrap_used, reason = "all of it is test")]
 
 mod bad_input;
+mod batches;
 mod cli;
 mod configuring;
 mod couch;
@@ -10,6 +11,7 @@ mod docs;
 mod ending;
 mod endpoints;
 mod feeds;
+mod formats;
 mod host;
 mod http_client;
 mod kills;

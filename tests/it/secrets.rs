@@ -6,7 +6,9 @@ use couch_hookd::standin::couch::{Flavour, Options, StandIn};
 use couch_hookd::standin::receiver::Reaction;
 use couch_hookd::standin::record::Record;
 
-use crate::world::{CANARY, Daemon, Ini, World, assert_no_secret, letters, receiver_with, secret, write};
+use crate::world::{
+    CANARY, Daemon, Dir, Ini, World, assert_no_secret, letters, receiver_with, secret, write,
+};
 
 /// What servers and proxies write into their error pages.
 fn echo(status: u16, headers: &[(String, String)]) -> Reaction {
@@ -18,6 +20,7 @@ fn echo(status: u16, headers: &[(String, String)]) -> Reaction {
     for (name, value) in headers {
         body += &format!("{name}={value};");
         body += value.strip_prefix("Basic ").unwrap_or_default();
+        body += value.strip_prefix("Bearer ").unwrap_or_default();
     }
     Reaction::StatusWith { status, headers: vec![("x-echo".to_owned(), body.clone())], body }
 }
@@ -55,7 +58,9 @@ fn an_endpoint_that_echoes_everything_puts_no_secret_into_letters_and_logs() {
             found.map(|(_, value)| value.clone()).unwrap_or_default()
         };
         assert_eq!(header("x-canary"), format!("{CANARY}-header"));
-        assert!(header("authorization").starts_with("Basic "));
+        use base64::Engine;
+        let login = base64::engine::general_purpose::STANDARD.encode(format!("hook:{CANARY}-endpoint"));
+        assert_eq!(header("authorization"), format!("Basic {login}"));
     });
     let stored = letters(&world.couch);
     assert_eq!(stored.len(), 2, "{stored:#?}");
@@ -64,6 +69,34 @@ fn an_endpoint_that_echoes_everything_puts_no_secret_into_letters_and_logs() {
         assert_no_secret("a dead letter", &letter.to_string());
     }
     world.daemon.wait_for_log("delivered");
+}
+
+/// From a file, in the place of the login in the URL; the endpoint gives it back, and nobody sees it.
+#[test]
+fn a_bearer_token_reaches_the_endpoint_and_nobody_else() {
+    let couch = crate::world::couch(Flavour::V3, &["orders"]);
+    write(&couch, "orders", 20);
+    let receiver = receiver_with(|options| options.keep_bodies = true);
+    receiver.answer(|one| match one.doc_id() {
+        "d1" => echo(422, &one.headers),
+        _ => Reaction::Status(200),
+    });
+    let folder = Dir::new();
+    let path = folder.path("token");
+    std::fs::write(&path, format!("Bearer {CANARY}-bearer\n")).unwrap();
+    let lines = format!("header.authorization_file = {}\nretry_schedule = 100ms", path.display());
+    let ini = Ini::new(&couch.url()).hookd("log_level = debug").webhook("orders", &receiver.url(), &lines);
+    let world = World { daemon: Daemon::start(&ini), couch, receiver };
+    world.daemon.wait_for_log("is a dead letter now (refused)");
+    world.receiver.look(|record: &Record| {
+        for one in record.deliveries() {
+            let given = one.headers.iter().filter(|(name, _)| name.eq_ignore_ascii_case("authorization"));
+            let given: Vec<&str> = given.map(|(_, value)| value.as_str()).collect();
+            assert_eq!(given, [format!("Bearer {CANARY}-bearer")], "one, and not the login of the URL");
+        }
+    });
+    let stored = letters(&world.couch);
+    assert!(stored[0]["answer"].as_str().unwrap().starts_with("Cannot POST"), "{stored:#?}");
 }
 
 #[test]

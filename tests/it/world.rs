@@ -421,7 +421,7 @@ impl World {
     pub(crate) fn wait_for_all_within(&self, limit: Duration, db: &str) {
         let winners = revs(&self.couch, db);
         self.wait_long(limit, &format!("{} documents of `{db}`", winners.len()), |record| {
-            record.n_accepted() >= winners.len() && has_all(record, db, &winners)
+            record.n_events_accepted() >= winners.len() && has_all(record, db, &winners)
         });
         self.assert_clean();
     }

@@ -176,6 +176,7 @@ fn read_feed(server: &Server, webhook: &Webhook, db: &str) -> Result<()> {
         include_docs: webhook.include_docs,
         conflicts: webhook.conflicts,
         doc_bytes_max: webhook.payload_bytes_max,
+        keeps_lines: false,
         silence: Some(FEED_DEADLINE),
         deadline: Some(FEED_DEADLINE),
     };

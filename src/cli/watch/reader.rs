@@ -16,6 +16,7 @@ use crate::error::{Error, Kind, Result};
 use crate::pure::changes::Item;
 use crate::pure::checkpoint::Mark;
 use crate::pure::flow::{Opened, Read, ReadFault};
+use crate::pure::format::Format;
 use crate::pure::message::{Arrived, Telling};
 use crate::pure::seq::Seq;
 use crate::sys::{self, Thread};
@@ -190,6 +191,7 @@ impl State {
             include_docs: self.telling.include_docs,
             conflicts: self.telling.conflicts,
             doc_bytes_max: self.telling.payload_bytes_max + ROW_MARGIN,
+            keeps_lines: self.telling.format == Format::Raw,
             silence: (!filtered).then_some(self.timeout + SILENCE_MARGIN),
             deadline: (filtered && is_page).then_some(FILTERED_DEADLINE),
         };

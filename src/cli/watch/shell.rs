@@ -18,10 +18,11 @@ use crate::error::{Error, Kind, Result};
 use crate::host::standalone::{Signal, Signals};
 use crate::pipeline::complaints::Complaint;
 use crate::pipeline::dispatcher::{settings, telling};
-use crate::pipeline::webhook::{Answer, Endpoint};
+use crate::pipeline::webhook::{Answer, Endpoint, Job};
 use crate::pure::dispatch::{Action, Attempt, Dispatch, Fetched, Notice};
 use crate::pure::endpoint::{self, Moment, Outcome};
 use crate::pure::flow::{self, Flow, Read};
+use crate::pure::format;
 use crate::pure::message::{Event, Telling};
 use crate::pure::seq::Seq;
 use crate::sys::{self, Thread};
@@ -86,7 +87,7 @@ struct Shell<'a> {
     complaint: Complaint,
     workers: Workers,
     /// What is in flight.
-    in_flight: HashMap<u64, Attempt>,
+    in_flight: HashMap<u64, Vec<Attempt>>,
 }
 
 impl<'a> Shell<'a> {
@@ -196,8 +197,19 @@ impl<'a> Shell<'a> {
                 self.dispatch.on_outcome(attempt.token, outcome, Moment { now, jitter: sys::jitter() });
             }
             Action::Attempt(attempt) => {
-                self.in_flight.insert(attempt.token, attempt.clone());
-                self.workers.deliver(attempt, self.in_flight.len())?;
+                self.in_flight.insert(attempt.token, vec![attempt.clone()]);
+                self.workers.deliver(Job::One(attempt), self.in_flight.len())?;
+            }
+            Action::Batch(batch) if self.plan.prints => {
+                let parts = batch.parts.iter().map(|part| (&*self.telling, &*part.event));
+                let body = format::batch_body(batch.id, parts);
+                self.out.json(&String::from_utf8_lossy(&body))?;
+                let outcome = Outcome::Status { status: 200, retry_after: None };
+                self.dispatch.on_outcome(batch.token, outcome, Moment { now, jitter: sys::jitter() });
+            }
+            Action::Batch(batch) => {
+                self.in_flight.insert(batch.token, batch.parts.clone());
+                self.workers.deliver(Job::Batch(batch), self.in_flight.len())?;
             }
             Action::LookUp(attempt) => self.dispatch.on_looked_up(attempt.token, Some(false), now),
             Action::StoreLetter(attempt, class) => {
@@ -219,21 +231,22 @@ impl<'a> Shell<'a> {
     }
 
     fn on_done(&mut self, token: u64, answer: &Answer) -> Result<()> {
-        let Some(attempt) = self.in_flight.remove(&token) else { return Ok(()) };
-        let (word, colour) = match answer.outcome {
-            Outcome::Status { status, .. } if (200..300).contains(&status) => {
-                (status.to_string(), Colour::Green)
-            }
-            Outcome::Status { status, .. } => (status.to_string(), Colour::Red),
-            Outcome::Unreachable | Outcome::Timeout | Outcome::Broken => ("---".to_owned(), Colour::Red),
+        let Some(attempts) = self.in_flight.remove(&token) else { return Ok(()) };
+        let word = match answer.outcome {
+            Outcome::Status { status, .. } => status.to_string(),
+            Outcome::Unreachable | Outcome::Timeout | Outcome::Broken => "---".to_owned(),
         };
-        let told = shown(&self.telling, &attempt.event);
+        let is_delivered = self.dispatch.endpoint().is_delivered(answer.outcome);
+        let colour = if is_delivered { Colour::Green } else { Colour::Red };
         let why = match colour {
             Colour::Green => String::new(),
             _ if answer.text.is_empty() => String::new(),
             _ => format!(": {}", answer.text),
         };
-        self.out.marked_line(&word, colour, &format!("{told} attempt {}{why}", attempt.attempt))?;
+        for attempt in &attempts {
+            let told = shown(&self.telling, &attempt.event);
+            self.out.marked_line(&word, colour, &format!("{told} attempt {}{why}", attempt.attempt))?;
+        }
         let moment = Moment { now: sys::now(), jitter: sys::jitter() };
         self.dispatch.on_outcome(token, answer.outcome, moment);
         Ok(())
@@ -275,8 +288,8 @@ type Done = (u64, Answer);
 struct Workers {
     endpoint: Arc<Endpoint>,
     telling: Arc<Telling>,
-    jobs: Sender<Attempt>,
-    taken: Receiver<Attempt>,
+    jobs: Sender<Job>,
+    taken: Receiver<Job>,
     done: (Sender<Done>, Receiver<Done>),
     threads: Vec<Thread>,
 }
@@ -294,21 +307,21 @@ impl Workers {
         }
     }
 
-    fn deliver(&mut self, attempt: Attempt, n_in_flight: usize) -> Result<()> {
+    fn deliver(&mut self, job: Job, n_in_flight: usize) -> Result<()> {
         if self.threads.len() < n_in_flight {
             let (taken, done) = (self.taken.clone(), self.done.0.clone());
             let (endpoint, telling) = (Arc::clone(&self.endpoint), Arc::clone(&self.telling));
             let name = format!("worker:watch#{}", self.threads.len() + 1);
             self.threads.push(sys::spawn(&name, move || {
-                for attempt in taken {
-                    let answer = endpoint.deliver(&telling, &attempt);
-                    if done.send((attempt.token, answer)).is_err() {
+                for job in taken {
+                    let answer = endpoint.deliver(std::slice::from_ref(&telling), &job);
+                    if done.send((job.token(), answer)).is_err() {
                         return;
                     }
                 }
             })?);
         }
-        self.jobs.try_send(attempt).expect("there is room for every delivery that is allowed");
+        self.jobs.try_send(job).expect("there is room for every delivery that is allowed");
         Ok(())
     }
 

@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 use crate::pure::endpoint::{
     Class, DownReason, Endpoint, LetterClass, Moment, Notice, Outcome, Settings, Start, Trial, Verdict, class,
 };
+use crate::pure::rate::RateLimit;
 
 const OK: Outcome = Outcome::Status { status: 200, retry_after: None };
 const ERROR: Outcome = Outcome::Status { status: 500, retry_after: None };
@@ -24,18 +25,25 @@ struct Rig {
     next_token: u64,
 }
 
+fn settings(concurrency: usize) -> Settings {
+    Settings {
+        concurrency,
+        retry_schedule: [1, 5, 15, 30, 60, 120, 300].map(seconds).to_vec(),
+        retry_after_max: seconds(3600),
+        dead_letter_after: 3,
+        dead_letter_on: vec![400, 409, 411, 413, 414, 415, 422, 431, 501],
+        delivered_on: &[],
+        give_up_after: seconds(24 * 3600),
+        rate_limit: None,
+        batching: None,
+    }
+}
+
 impl Rig {
     fn new(concurrency: usize) -> Rig {
         let now = crate::sys::now();
-        let settings = Settings {
-            concurrency,
-            retry_schedule: [1, 5, 15, 30, 60, 120, 300].map(seconds).to_vec(),
-            retry_after_max: seconds(3600),
-            dead_letter_after: 3,
-            dead_letter_on: vec![400, 409, 411, 413, 414, 415, 422, 431, 501],
-            give_up_after: seconds(24 * 3600),
-        };
-        Rig { endpoint: Endpoint::new(settings, now), now, trials: HashMap::new(), next_token: 0 }
+        let endpoint = Endpoint::new(settings(concurrency), now);
+        Rig { endpoint, now, trials: HashMap::new(), next_token: 0 }
     }
 
     /// One that takes events already.
@@ -51,7 +59,7 @@ impl Rig {
     fn start(&mut self, event: &'static str) -> u64 {
         self.next_token += 1;
         let trial = self.trials.entry(event).or_default();
-        self.endpoint.on_start(self.next_token, trial);
+        self.endpoint.on_start(self.next_token, trial, self.now);
         self.next_token
     }
 
@@ -100,10 +108,10 @@ impl Rig {
 
 #[test]
 fn the_status_says_whom_to_suspect() {
-    let letters = [400, 409, 411, 413, 414, 415, 422, 431, 501];
+    let settings = settings(8);
     let check = |status, expected| {
         let outcome = Outcome::Status { status, retry_after: None };
-        assert_eq!(class(outcome, &letters), expected, "{status}");
+        assert_eq!(class(outcome, &settings), expected, "{status}");
     };
     for status in [200, 201, 204, 299] {
         check(status, Class::Delivered);
@@ -116,10 +124,14 @@ fn the_status_says_whom_to_suspect() {
     }
     check(410, Class::Gone);
     for outcome in [Outcome::Unreachable, Outcome::Timeout, Outcome::Broken] {
-        assert_eq!(class(outcome, &letters), Class::Endpoint);
+        assert_eq!(class(outcome, &settings), Class::Endpoint);
     }
     let not_found = Outcome::Status { status: 404, retry_after: None };
-    assert_eq!(class(not_found, &[404]), Class::Event, "the operator's list counts first");
+    let listed = Settings { dead_letter_on: vec![404], ..settings.clone() };
+    assert_eq!(class(not_found, &listed), Class::Event, "the operator's list counts first");
+    let conflict = Outcome::Status { status: 409, retry_after: None };
+    let couchdb = Settings { delivered_on: &[409], ..settings };
+    assert_eq!(class(conflict, &couchdb), Class::Delivered, "it has the document already");
 }
 
 #[test]
@@ -420,4 +432,28 @@ fn those_still_in_flight_when_it_went_down_do_not_set_the_pace() {
     rig.get("x", Outcome::Unreachable);
     rig.end(late, "late", OK, false);
     rig.check_start(Start::Go);
+}
+
+#[test]
+fn a_rate_limit_holds_probes_and_retries_too_and_says_until_when() {
+    let mut rig = Rig::new(8);
+    let limit = RateLimit { n: 30, per: seconds(60) };
+    rig.endpoint = Endpoint::new(Settings { rate_limit: Some(limit), ..settings(8) }, rig.now);
+    rig.get("a", Outcome::Unreachable);
+    // The schedule would probe after a second; the limit says two.
+    assert_eq!(rig.endpoint.next_deadline(), Some(rig.now + seconds(2)));
+    rig.pass(seconds(1));
+    rig.endpoint.on_time(rig.now);
+    rig.check_start(Start::No);
+    rig.pass(seconds(1));
+    rig.endpoint.on_time(rig.now);
+    rig.check_start(Start::Probe);
+    rig.get("a", OK);
+    rig.check_start(Start::No);
+    assert!(!rig.endpoint.has_free_delivery(), "it is up, and the limit holds");
+    assert_eq!(rig.endpoint.next_deadline(), Some(rig.now + seconds(2)), "a time to wait for, no busy loop");
+    rig.pass(seconds(2));
+    rig.endpoint.on_time(rig.now);
+    rig.check_start(Start::Go);
+    assert_eq!(rig.endpoint.next_deadline(), None);
 }

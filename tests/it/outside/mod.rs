@@ -2,6 +2,7 @@
 
 pub(crate) mod beam;
 pub(crate) mod beam_kills;
+pub(crate) mod cloudevents;
 pub(crate) mod couchdb;
 pub(crate) mod couchdb_kills;
 pub(crate) mod pouchdb;
@@ -33,6 +34,16 @@ fn pouchdb_is_there() -> bool {
         println!("skipped: pouchdb (no tests/pouchdb/node_modules; tests/run installs it)");
     }
     there
+}
+
+/// The Python that has the packages of tests/interop, likewise.
+fn interop_python() -> Option<String> {
+    let python = std::env::var("COUCH_HOOKD_TEST_PYTHON").ok();
+    let python = python.filter(|python| std::path::Path::new(python).exists());
+    if python.is_none() {
+        println!("skipped: interop (no COUCH_HOOKD_TEST_PYTHON; tests/run makes it)");
+    }
+    python
 }
 
 /// Lines of a child's output, read by a thread that ends with them.
