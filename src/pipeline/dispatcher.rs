@@ -28,6 +28,7 @@ use crate::pure::dispatch::{Action, Attempt, Dispatch, FlowIndex, Notice};
 use crate::pure::endpoint::{self, DownReason, LetterClass, Moment, Outcome, Settings};
 use crate::pure::flow::{self, Flow, Read};
 use crate::pure::message::{Telling, WebhookId};
+use crate::pure::url;
 use crate::sys::{self, Thread};
 
 /// Batches of rows on their way; each is at most one socket read, or one row.
@@ -225,6 +226,8 @@ struct Dispatcher<'a> {
     workers: Workers<Attempt>,
     in_flight: HashMap<u64, (WebhookId, jiff::Timestamp)>,
     failures: HashMap<WebhookId, Failure>,
+    /// Why the last attempt without an answer got none.
+    no_answer: String,
     complaints: Vec<Complaint>,
     /// Answers cut off since a request last ended as it should.
     n_cuts: Vec<u32>,
@@ -295,6 +298,7 @@ impl<'a> Dispatcher<'a> {
             workers,
             in_flight: HashMap::new(),
             failures: HashMap::new(),
+            no_answer: String::new(),
             n_letters: active.n_letters,
             bytes: 0,
             stop: None,
@@ -413,6 +417,9 @@ impl<'a> Dispatcher<'a> {
                     Outcome::Unreachable | Outcome::Timeout | Outcome::Broken => None,
                 };
                 log::debug!("webhook `{}`: `{id}`: {outcome:?} {}", self.webhook.name, answer.text);
+                if status.is_none() {
+                    self.no_answer.clone_from(&answer.text);
+                }
                 if self.failures.len() >= FAILURES_MAX {
                     self.failures.clear();
                 }
@@ -595,7 +602,15 @@ impl<'a> Dispatcher<'a> {
         let name = &self.webhook.name;
         match notice {
             Notice::Endpoint(endpoint::Notice::Down(reason)) => {
-                log::warn!("webhook `{name}`: its endpoint {}; the checkpoint is held", down_text(reason));
+                let endpoint = url::shown(self.webhook.endpoint.expose());
+                let why = match reason {
+                    DownReason::Unreachable => format!(": {}", self.no_answer),
+                    _ => String::new(),
+                };
+                log::warn!(
+                    "webhook `{name}`: its endpoint {} ({endpoint}{why}); the checkpoint is held",
+                    down_text(reason)
+                );
             }
             Notice::Endpoint(endpoint::Notice::Up) => {
                 log::info!("webhook `{name}`: its endpoint takes events")

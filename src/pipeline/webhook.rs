@@ -10,13 +10,12 @@ use std::time::Duration;
 
 use http::header::{AUTHORIZATION, CONTENT_TYPE, HeaderMap, HeaderName, HeaderValue, USER_AGENT};
 use http::{Request, Uri};
-use ureq::unversioned::resolver::DefaultResolver;
 use ureq::unversioned::transport::{ConnectionDetails, Connector, Transport};
 use ureq::{Agent, Timeout};
 
 use crate::config;
 use crate::error::{Context, Error, Kind, Result};
-use crate::names::{self, Names};
+use crate::names::{self, Names, Refused};
 use crate::pure::dispatch::Attempt;
 use crate::pure::endpoint::Outcome;
 use crate::pure::message::{Event, Telling};
@@ -78,7 +77,7 @@ impl Endpoint {
         let fault = |found: String| Error::new(Kind::Config, found);
         let url = Url::parse(webhook.endpoint.expose()).map_err(fault)?;
         let keys = webhook.secrets.iter().map(|secret| Key::parse(secret.expose())).collect::<Result<_, _>>();
-        let names = Names::default();
+        let names = Names::guarded(webhook.guard.clone());
         let address = url.without_userinfo();
         let uri = address.parse().map_err(|error| fault(format!("not a URL: {error}")))?;
         let (headers, secrets) = headers(webhook, &url).map_err(fault)?;
@@ -166,7 +165,7 @@ impl Endpoint {
                 if outcome == Outcome::Unreachable {
                     self.names.forget();
                 }
-                Answer { outcome, text: self.redactor.redact(&error.to_string(), ANSWER_CHARS) }
+                Answer { outcome, text: self.redactor.redact(&error_text(&error), ANSWER_CHARS) }
             }
         }
     }
@@ -215,16 +214,12 @@ fn headers(webhook: &config::Webhook, url: &Url) -> Result<(HeaderMap, Vec<Secre
 pub fn reach(webhook: &config::Webhook) -> Result<()> {
     let url = Url::parse(webhook.endpoint.expose()).map_err(|found| Error::new(Kind::Config, found))?;
     let connector = socket::connector().chain(HangUp);
-    let agent = Agent::with_parts(agent_config(webhook, &url)?, connector, DefaultResolver::default());
+    let names = Names::guarded(webhook.guard.clone());
+    let agent = Agent::with_parts(agent_config(webhook, &url)?, connector, names);
     match agent.head(url.origin()).call() {
         Err(ureq::Error::Other(other)) if other.is::<Reached>() => Ok(()),
         Err(ureq::Error::Timeout(_)) => Err(Error::new(Kind::Timeout, "no connection in time")),
-        Err(error) => {
-            // "io: Connection refused (os error 111)": the number is noise.
-            let text = error.to_string();
-            let text = text.split(" (os error").next().unwrap_or_default();
-            Err(Error::new(Kind::Unreachable, text.strip_prefix("io: ").unwrap_or(text)))
-        }
+        Err(error) => Err(Error::new(Kind::Unreachable, error_text(&error))),
         Ok(_) => Err(Error::new(Kind::Malformed, "an answer to a request that was never sent")),
     }
 }
@@ -284,6 +279,15 @@ fn is_dead_socket(kind: ErrorKind) -> bool {
     )
 }
 
+/// `io: Connection refused (os error 111)` without what is noise: `connection refused`.
+fn error_text(error: &ureq::Error) -> String {
+    let text = error.to_string();
+    let text = text.split(" (os error").next().unwrap_or_default();
+    let bare = ["io: ", "other: "].iter().find_map(|class| text.strip_prefix(class));
+    let mut chars = bare.unwrap_or(text).chars();
+    chars.next().map(|first| first.to_ascii_lowercase()).into_iter().chain(chars).collect()
+}
+
 /// What an error of the client says about the endpoint.
 fn outcome_of(error: &ureq::Error) -> Outcome {
     match error {
@@ -293,6 +297,7 @@ fn outcome_of(error: &ureq::Error) -> Outcome {
         | ureq::Error::ConnectionFailed
         | ureq::Error::Tls(_)
         | ureq::Error::Rustls(_) => Outcome::Unreachable,
+        ureq::Error::Other(error) if error.is::<Refused>() => Outcome::Unreachable,
         ureq::Error::Io(error) => match error.kind() {
             ErrorKind::TimedOut | ErrorKind::WouldBlock => Outcome::Timeout,
             kind if is_dead_socket(kind) => Outcome::Broken,

@@ -7,6 +7,7 @@ pub mod document;
 pub mod endpoint;
 pub mod excerpt;
 pub mod flow;
+pub mod guard;
 pub mod ini;
 pub mod lanes;
 pub mod log_limit;

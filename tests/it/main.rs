@@ -10,6 +10,7 @@ mod docs;
 mod ending;
 mod endpoints;
 mod feeds;
+mod guard;
 mod host;
 mod http_client;
 mod kills;
