@@ -14,6 +14,7 @@ mod secret;
 mod signature;
 #[allow(dead_code, reason = "the commands that use it follow")]
 mod table;
+mod test;
 mod watch;
 
 use clap::error::ErrorKind;
@@ -54,6 +55,8 @@ enum Command {
     Receive(receive::Arguments),
     /// Sign a payload, or say why a signature does not match
     Signature(signature::Arguments),
+    /// Send one test event to a webhook's endpoint, and show each step and the answer
+    Test(test::Arguments),
     /// Print a new signing secret
     #[command(after_help = "Example:\n  (umask 077; couch-hookd secret > /etc/couch-hookd/orders.secret)")]
     Secret,
@@ -77,6 +80,7 @@ pub fn main() -> u8 {
         Command::Demo(arguments) => demo::run(&arguments, out),
         Command::Receive(arguments) => receive::run(arguments, out),
         Command::Signature(arguments) => signature::run(arguments, out),
+        Command::Test(arguments) => test::run(arguments, out),
         Command::Secret => secret::run(out),
     })
 }

@@ -33,8 +33,9 @@ pub fn connector() -> impl Connector {
     Sockets.chain(RustlsConnector::default())
 }
 
+/// Opens connections of this kind, without TLS: the first of a chain.
 #[derive(Debug)]
-struct Sockets;
+pub struct Sockets;
 
 impl Connector for Sockets {
     type Out = Socket;
@@ -78,7 +79,7 @@ fn open(details: &ConnectionDetails<'_>) -> Result<TcpStream, Error> {
 
 /// One connection.
 #[derive(Debug)]
-struct Socket {
+pub struct Socket {
     /// Shared, weakly, with whoever may have to end it.
     stream: Arc<TcpStream>,
     buffers: Buffer,

@@ -4,6 +4,8 @@
 //! answer holds none of our secrets; and that a pooled connection which died before any answer is tried once
 //! more at once. Whom an outcome suspects is left to `pure::endpoint`.
 
+pub mod trial;
+
 use std::io::ErrorKind;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
@@ -124,19 +126,9 @@ impl Endpoint {
         replay: bool,
         body: &[u8],
     ) -> Result<(u16, Option<Duration>, Vec<u8>), ureq::Error> {
-        let id = event.id.to_string();
-        let timestamp = sys::wall().as_second();
-        let mut request = Request::post(self.uri.clone()).body(body)?;
-        let headers = request.headers_mut();
-        headers.clone_from(&self.headers);
-        headers.insert(WEBHOOK_ID, HeaderValue::try_from(&id).expect("it is hex digits"));
-        headers.insert(WEBHOOK_TIMESTAMP, timestamp.into());
-        headers.insert(HOOKD_ATTEMPT, attempt.into());
-        if let Some(signature) = signature::sign(&self.keys, &id, timestamp, body) {
-            headers.insert(WEBHOOK_SIGNATURE, HeaderValue::try_from(signature).expect("it is base64"));
-        }
+        let mut request = self.request(&event.id.to_string(), attempt, body)?;
         if replay {
-            headers.insert(HOOKD_REPLAY, HeaderValue::from_static("true"));
+            request.headers_mut().insert(HOOKD_REPLAY, HeaderValue::from_static("true"));
         }
         let mut response = self.agent.run(request)?;
         self.n_answers.fetch_add(1, Ordering::Relaxed);
@@ -148,6 +140,21 @@ impl Endpoint {
         let body =
             response.body_mut().with_config().limit(ANSWER_BYTES_MAX).read_to_vec().unwrap_or_default();
         Ok((status, retry_after, body))
+    }
+
+    /// A request with all its headers, signed for this moment.
+    fn request<'a>(&self, id: &str, attempt: u32, body: &'a [u8]) -> Result<Request<&'a [u8]>, ureq::Error> {
+        let timestamp = sys::wall().as_second();
+        let mut request = Request::post(self.uri.clone()).body(body)?;
+        let headers = request.headers_mut();
+        headers.clone_from(&self.headers);
+        headers.insert(WEBHOOK_ID, HeaderValue::try_from(id).expect("it is hex digits"));
+        headers.insert(WEBHOOK_TIMESTAMP, timestamp.into());
+        headers.insert(HOOKD_ATTEMPT, attempt.into());
+        if let Some(signature) = signature::sign(&self.keys, id, timestamp, body) {
+            headers.insert(WEBHOOK_SIGNATURE, HeaderValue::try_from(signature).expect("it is base64"));
+        }
+        Ok(request)
     }
 
     fn judge(&self, result: Result<(u16, Option<Duration>, Vec<u8>), ureq::Error>) -> Answer {

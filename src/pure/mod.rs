@@ -23,5 +23,6 @@ pub mod settled;
 pub mod signature;
 #[cfg(test)]
 mod simulation;
+pub mod test_event;
 pub mod url;
 pub mod watermark;

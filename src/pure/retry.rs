@@ -38,11 +38,13 @@ pub fn retry_after(text: &str, date: Option<&str>, wall: Timestamp) -> Option<Du
     if let Ok(seconds) = text.parse::<u32>() {
         return Some(Duration::from_secs(u64::from(seconds))).filter(|after| !after.is_zero());
     }
-    let parse = |text: &str| {
-        jiff::fmt::rfc2822::DateTimeParser::new().parse_timestamp(text.trim().replace("GMT", "+0000")).ok()
-    };
-    let from = date.and_then(parse).unwrap_or(wall);
-    Duration::try_from(parse(text)?.duration_since(from)).ok().filter(|after| !after.is_zero())
+    let from = date.and_then(http_date).unwrap_or(wall);
+    Duration::try_from(http_date(text)?.duration_since(from)).ok().filter(|after| !after.is_zero())
+}
+
+/// A date of HTTP: `Sat, 21 Nov 2026 20:47:41 GMT`.
+pub fn http_date(text: &str) -> Option<Timestamp> {
+    jiff::fmt::rfc2822::DateTimeParser::new().parse_timestamp(text.trim().replace("GMT", "+0000")).ok()
 }
 
 #[cfg(test)]

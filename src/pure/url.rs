@@ -83,6 +83,11 @@ impl Url {
         self.rest.contains('?')
     }
 
+    /// Whether there is a path or a query: what follows the origin and may be secret.
+    pub fn has_path(&self) -> bool {
+        !["", "/"].contains(&self.rest.as_str())
+    }
+
     /// Whether there is a user name.
     pub fn has_userinfo(&self) -> bool {
         self.userinfo.is_some()

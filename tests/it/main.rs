@@ -20,6 +20,7 @@ mod secrets;
 mod sharing;
 mod standin;
 mod standin_recorded;
+mod trial;
 mod world;
 
 mod outside;
