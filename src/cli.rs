@@ -7,6 +7,7 @@ mod check;
 #[allow(dead_code, reason = "the commands that use it follow")]
 mod common;
 mod demo;
+mod explain;
 mod out;
 mod receive;
 mod run;
@@ -55,6 +56,8 @@ enum Command {
     Receive(receive::Arguments),
     /// Sign a payload, or say why a signature does not match
     Signature(signature::Arguments),
+    /// Show what a webhook is configured to do, where each value comes from, and what it needs
+    Explain(explain::Arguments),
     /// Send one test event to a webhook's endpoint, and show each step and the answer
     Test(test::Arguments),
     /// Print a new signing secret
@@ -80,6 +83,7 @@ pub fn main() -> u8 {
         Command::Demo(arguments) => demo::run(&arguments, out),
         Command::Receive(arguments) => receive::run(arguments, out),
         Command::Signature(arguments) => signature::run(arguments, out),
+        Command::Explain(arguments) => explain::run(arguments, out),
         Command::Test(arguments) => test::run(arguments, out),
         Command::Secret => secret::run(out),
     })

@@ -28,6 +28,15 @@ pub fn next_try(
     not_before.map_or(at, |not_before| at.max(not_before))
 }
 
+/// When the tries of a schedule come after the first one, without jitter: sums of its steps.
+pub fn since_first(schedule: &[Duration]) -> Vec<Duration> {
+    let add = |sum: &mut Duration, step: &Duration| {
+        *sum = sum.saturating_add(*step);
+        Some(*sum)
+    };
+    schedule.iter().scan(Duration::ZERO, add).collect()
+}
+
 /// What an answer's `Retry-After` asks for: seconds, or a date that counts from the answer's own `date`, so that
 /// a wrong clock on either side does no harm; without one it counts from `wall`. `None` when it is neither, or
 /// not in the future. Not cut: who uses it has its own limit.
@@ -63,6 +72,12 @@ mod tests {
         check(2, 0.5, 5_000);
         check(3, 0.5, 300_000);
         check(4_000_000_000, 0.5, 300_000);
+    }
+
+    #[test]
+    fn tries_are_counted_from_the_first() {
+        let schedule = [1, 5, 15].map(Duration::from_secs);
+        assert_eq!(since_first(&schedule), [1, 6, 21].map(Duration::from_secs));
     }
 
     #[test]

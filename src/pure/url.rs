@@ -8,9 +8,8 @@ use std::net::IpAddr;
 
 use http::Uri;
 use percent_encoding::percent_decode_str;
-use sha2::{Digest, Sha256};
 
-use crate::pure::secret::Secret;
+use crate::pure::secret::{Secret, fingerprint};
 
 /// A URL that was checked. `Debug` and `Display` show only its origin.
 #[derive(Clone, PartialEq, Eq)]
@@ -149,13 +148,9 @@ impl fmt::Display for Url {
 /// `***` for a text that is no URL. The fingerprint tells two endpoints of one host apart; it is too short to
 /// find out by it what it was made of.
 pub fn shown(text: &str) -> String {
-    use std::fmt::Write;
     let Ok(url) = Url::parse(text) else { return "***".to_owned() };
-    let hash = Sha256::digest(text.trim().as_bytes());
-    hash[..3].iter().fold(format!("{} #", url.origin()), |mut shown, byte| {
-        let _ = write!(shown, "{byte:02x}");
-        shown
-    })
+    // Without the login: a short hash helps whoever guesses at a weak password.
+    format!("{} {}", url.origin(), fingerprint(&url.without_userinfo()))
 }
 
 fn host_and_port(text: &str) -> Result<(&str, Option<u16>), String> {
@@ -249,7 +244,7 @@ mod tests {
 
     #[test]
     fn endpoints_of_one_host_are_told_apart() {
-        assert_eq!(shown("https://Shop.example:8443/hooks?token=1"), "https://shop.example:8443 #7292c2");
+        assert_eq!(shown("https://Shop.example:8443/hooks?token=1"), "https://shop.example:8443 #5a892f");
         assert_ne!(shown("https://shop.example/a"), shown("https://shop.example/b"));
         assert_eq!(shown("shop.example/a"), "***");
     }

@@ -9,6 +9,7 @@ mod couch;
 mod docs;
 mod ending;
 mod endpoints;
+mod explain;
 mod feeds;
 mod guard;
 mod host;
