@@ -6,8 +6,10 @@
 mod check;
 #[allow(dead_code, reason = "the commands that use it follow")]
 mod common;
+mod completions;
 mod demo;
 mod explain;
+mod manual;
 mod out;
 mod receive;
 mod run;
@@ -19,7 +21,7 @@ mod test;
 mod watch;
 
 use clap::error::ErrorKind;
-use clap::{Parser, Subcommand};
+use clap::{CommandFactory, Parser, Subcommand};
 
 use crate::cli::out::{Out, complain};
 use crate::error::{Kind, Result};
@@ -60,6 +62,10 @@ enum Command {
     Explain(explain::Arguments),
     /// Send one test event to a webhook's endpoint, and show each step and the answer
     Test(test::Arguments),
+    /// Print completions for a shell
+    Completions(completions::Arguments),
+    /// Print the manual page, or write all of them into a directory
+    Man(manual::Arguments),
     /// Print a new signing secret
     #[command(after_help = "Example:\n  (umask 077; couch-hookd secret > /etc/couch-hookd/orders.secret)")]
     Secret,
@@ -85,6 +91,8 @@ pub fn main() -> u8 {
         Command::Signature(arguments) => signature::run(arguments, out),
         Command::Explain(arguments) => explain::run(arguments, out),
         Command::Test(arguments) => test::run(arguments, out),
+        Command::Completions(arguments) => completions::run(&arguments, Arguments::command(), out),
+        Command::Man(arguments) => manual::run(&arguments, Arguments::command(), out),
         Command::Secret => secret::run(out),
     })
 }
@@ -133,8 +141,6 @@ fn may_be_secret(word: &str) -> bool {
 
 #[cfg(test)]
 mod tests {
-    use clap::CommandFactory;
-
     use super::*;
 
     #[track_caller]

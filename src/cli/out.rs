@@ -89,6 +89,15 @@ impl Out {
         terminal_size::terminal_size_of(&self.stdout).map(|(width, _)| usize::from(width.0))
     }
 
+    /// A whole text of ours, as it is.
+    ///
+    /// # Errors
+    /// As [`Out::line`].
+    pub(crate) fn text(&mut self, text: &[u8]) -> Result<()> {
+        let mut stdout = self.stdout.lock();
+        stdout.write_all(text).and_then(|()| stdout.flush()).map_err(failed)
+    }
+
     /// The bytes as they are, for whoever prints by itself.
     pub(crate) fn writer(&mut self) -> &mut dyn Write {
         &mut self.stdout
@@ -96,10 +105,14 @@ impl Out {
 
     fn write(&mut self, line: &str) -> Result<()> {
         let mut stdout = self.stdout.lock();
-        writeln!(stdout, "{line}").and_then(|()| stdout.flush()).map_err(|error| match error.kind() {
-            io::ErrorKind::BrokenPipe => Error::new(Kind::Stopped, "nobody reads the output"),
-            _ => Error::new(Kind::Io, format!("failed to write to stdout: {error}")),
-        })
+        writeln!(stdout, "{line}").and_then(|()| stdout.flush()).map_err(failed)
+    }
+}
+
+fn failed(error: io::Error) -> Error {
+    match error.kind() {
+        io::ErrorKind::BrokenPipe => Error::new(Kind::Stopped, "nobody reads the output"),
+        _ => Error::new(Kind::Io, format!("failed to write to stdout: {error}")),
     }
 }
 
