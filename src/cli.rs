@@ -4,16 +4,24 @@
 //! a fault, 2 used wrongly. Each command has a file; only `out` writes to stdout (the daemon's modes never do).
 
 mod check;
+#[allow(dead_code, reason = "the commands that use it follow")]
+mod common;
+mod completions;
 mod demo;
+mod explain;
+mod manual;
 mod out;
 mod receive;
 mod run;
 mod secret;
 mod signature;
+#[allow(dead_code, reason = "the commands that use it follow")]
+mod table;
+mod test;
 mod watch;
 
 use clap::error::ErrorKind;
-use clap::{Parser, Subcommand};
+use clap::{CommandFactory, Parser, Subcommand};
 
 use crate::cli::out::{Out, complain};
 use crate::error::{Kind, Result};
@@ -50,6 +58,14 @@ enum Command {
     Receive(receive::Arguments),
     /// Sign a payload, or say why a signature does not match
     Signature(signature::Arguments),
+    /// Show what a webhook is configured to do, where each value comes from, and what it needs
+    Explain(explain::Arguments),
+    /// Send one test event to a webhook's endpoint, and show each step and the answer
+    Test(test::Arguments),
+    /// Print completions for a shell
+    Completions(completions::Arguments),
+    /// Print the manual page, or write all of them into a directory
+    Man(manual::Arguments),
     /// Print a new signing secret
     #[command(after_help = "Example:\n  (umask 077; couch-hookd secret > /etc/couch-hookd/orders.secret)")]
     Secret,
@@ -73,6 +89,10 @@ pub fn main() -> u8 {
         Command::Demo(arguments) => demo::run(&arguments, out),
         Command::Receive(arguments) => receive::run(arguments, out),
         Command::Signature(arguments) => signature::run(arguments, out),
+        Command::Explain(arguments) => explain::run(arguments, out),
+        Command::Test(arguments) => test::run(arguments, out),
+        Command::Completions(arguments) => completions::run(&arguments, Arguments::command(), out),
+        Command::Man(arguments) => manual::run(&arguments, Arguments::command(), out),
         Command::Secret => secret::run(out),
     })
 }
@@ -121,8 +141,6 @@ fn may_be_secret(word: &str) -> bool {
 
 #[cfg(test)]
 mod tests {
-    use clap::CommandFactory;
-
     use super::*;
 
     #[track_caller]

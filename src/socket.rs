@@ -38,14 +38,26 @@ impl Connector for Sockets {
     type Out = <RustlsConnector as Connector<Socket>>::Out;
 
     fn connect(&self, details: &ConnectionDetails<'_>, _: Option<()>) -> Result<Option<Self::Out>, Error> {
+        let socket = Plain.connect(details, None)?;
+        self.tls.connect(details, socket)
+    }
+}
+
+/// Opens connections of this kind, without TLS: the first of a chain.
+#[derive(Debug)]
+pub struct Plain;
+
+impl Connector for Plain {
+    type Out = Socket;
+
+    fn connect(&self, details: &ConnectionDetails<'_>, _: Option<()>) -> Result<Option<Socket>, Error> {
         let stream = Arc::new(open(details)?);
         stream.set_nodelay(true)?;
         let handle: Weak<TcpStream> = Arc::downgrade(&stream);
         (details.register_shutdown)(handle as Weak<dyn ShutdownHandle>)?;
         let config = details.config;
         let buffers = Buffer::new(config.input_buffer_size(), config.output_buffer_size());
-        let socket = Socket { stream, buffers, read_limit: None, write_limit: None };
-        self.tls.connect(details, Some(socket))
+        Ok(Some(Socket { stream, buffers, read_limit: None, write_limit: None }))
     }
 }
 

@@ -100,8 +100,18 @@ fn hookd_alone(raw: &Raw) -> Option<Hookd> {
 fn endpoints_alone(raw: &Raw, fine: &[Webhook]) -> Vec<Webhook> {
     let mut list = raw.sections.get("hookd.webhooks").cloned().unwrap_or_default();
     list.retain(|name, _| !fine.iter().any(|webhook| webhook.name == *name));
+    let usable = hookd_alone(raw).is_some();
+    let hookd: Vec<_> = raw
+        .sections
+        .get_key_value("hookd")
+        .filter(|_| usable)
+        .into_iter()
+        .map(|(name, values)| (name.clone(), values.clone()))
+        .collect();
     let alone = |(name, value)| {
-        let sections = BTreeMap::from([("hookd.webhooks".to_owned(), BTreeMap::from([(name, value)]))]);
+        let mut sections = BTreeMap::from([("hookd.webhooks".to_owned(), BTreeMap::from([(name, value)]))]);
+        // Where endpoints may lie.
+        sections.extend(hookd.clone());
         let (parsed, _) = config::parse(&Raw { sections, findings: Vec::new() });
         parsed.config.and_then(|mut config| config.webhooks.pop())
     };

@@ -10,6 +10,7 @@ use crate::config::finding::{Finding, Raw};
 use crate::config::keys::Section;
 use crate::config::reader::Reader;
 use crate::config::{Hookd, LogFormat, couchdb_url_from, values};
+use crate::pure::guard::{Guard, Level, Watched};
 use crate::pure::secret::Secret;
 use crate::pure::url::Url;
 
@@ -40,6 +41,7 @@ pub(crate) fn parse(raw: &Raw, findings: &mut Vec<Finding>) -> Option<Hookd> {
         checkpoint_interval: reader.duration("checkpoint_interval"),
         deliveries_max: small(reader.count("deliveries_max")),
         dead_letters_max: reader.count("dead_letters_max"),
+        guard: guard(&mut reader, &url),
         feed_rotate: reader.duration("feed_rotate"),
         feed_timeout: reader.duration("feed_timeout"),
     };
@@ -105,6 +107,17 @@ fn state_db(reader: &mut Reader<'_>) -> String {
             false => Ok(name),
         }
     })
+}
+
+/// What endpoints may be, unless their webhook says otherwise; never the CouchDB that is watched.
+fn guard(reader: &mut Reader<'_>, url: &Url) -> Guard {
+    let watched = Some(Watched { host: url.host().to_owned(), port: url.port() });
+    Guard {
+        level: Level::of_word(reader.word("endpoint_guard", &[])),
+        allow: reader.read("endpoint_allow", values::networks).unwrap_or_default(),
+        deny: reader.read("endpoint_deny", values::networks).unwrap_or_default(),
+        watched,
+    }
 }
 
 fn public_url(reader: &mut Reader<'_>) -> Option<String> {

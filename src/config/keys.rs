@@ -5,6 +5,8 @@
 use std::fmt;
 use std::time::Duration;
 
+use crate::pure::guard;
+
 /// The section a key belongs to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Section {
@@ -55,6 +57,8 @@ pub enum Kind {
     DesignFunction,
     /// `whsec_…`, separated by commas.
     SigningSecrets,
+    /// `10.0.0.0/8`, `fd00::/8` or single addresses, separated by commas.
+    Networks,
 }
 
 /// One key.
@@ -157,6 +161,24 @@ pub const KEYS: &[Key] = &[
         "10000",
         "Dead letters of one webhook before it is paused.",
     ),
+    hookd(
+        "endpoint_guard",
+        Kind::Word(guard::LEVELS),
+        "metadata",
+        "Endpoint addresses to refuse: `metadata`: link-local ones and clouds' metadata services; `public`: all but public ones.",
+    ),
+    optional(hookd(
+        "endpoint_allow",
+        Kind::Networks,
+        "10.1.0.0/16, fd12:3456::/32",
+        "Networks that endpoints may lie in whatever `endpoint_guard` says; the watched CouchDB is refused but here.",
+    )),
+    optional(hookd(
+        "endpoint_deny",
+        Kind::Networks,
+        "10.0.0.0/8, fd00::/8",
+        "Networks that no endpoint may lie in, whatever `endpoint_allow` says.",
+    )),
     hookd(
         "feed_rotate",
         Kind::Duration(s(1), h(1)),
@@ -279,6 +301,24 @@ pub const KEYS: &[Key] = &[
     ),
     webhook("paused", Kind::Flag, "false", "Stops the webhook; its place is kept."),
     optional(webhook(
+        "endpoint_guard",
+        Kind::Word(guard::LEVELS),
+        "public",
+        "For this webhook in place of the one in `[hookd]`.",
+    )),
+    optional(webhook(
+        "endpoint_allow",
+        Kind::Networks,
+        "10.1.0.0/16",
+        "For this webhook in place of the one in `[hookd]`.",
+    )),
+    optional(webhook(
+        "endpoint_deny",
+        Kind::Networks,
+        "10.0.0.0/8",
+        "For this webhook in place of the one in `[hookd]`.",
+    )),
+    optional(webhook(
         "ca_file",
         Kind::Path,
         "/etc/couch-hookd/shop-ca.pem",
@@ -311,6 +351,7 @@ impl fmt::Display for Kind {
             Kind::JsonStrings => f.write_str("JSON array of strings"),
             Kind::DesignFunction => f.write_str("`DDOC/NAME`"),
             Kind::SigningSecrets => f.write_str("`whsec_...`, by commas, secret"),
+            Kind::Networks => f.write_str("networks, by commas"),
         }
     }
 }

@@ -24,6 +24,7 @@ use crate::config::finding::{Finding, Raw, Value};
 use crate::config::keys::Section;
 use crate::pure::dispatch::batches::Batching;
 use crate::pure::format::Format;
+use crate::pure::guard::Guard;
 use crate::pure::rate::RateLimit;
 use crate::pure::secret::Secret;
 use crate::pure::url::Url;
@@ -73,8 +74,7 @@ pub fn parse(raw: &Raw) -> (Parsed, Vec<Finding>) {
     let nothing = BTreeMap::new();
     for (name, endpoint) in &listed {
         let section = raw.sections.get(&format!("hookd.webhook.{name}")).unwrap_or(&nothing);
-        let state_db = hookd.as_ref().map(|hookd| hookd.state_db.as_str());
-        webhooks.extend(webhook::parse(name, endpoint, section, state_db, &mut findings));
+        webhooks.extend(webhook::parse(name, endpoint, section, hookd.as_ref(), &mut findings));
     }
     unlisted_sections(raw, &listed, &mut findings);
     let held_back: BTreeSet<String> = findings
@@ -215,6 +215,8 @@ pub struct Hookd {
     pub deliveries_max: usize,
     /// Dead letters of one webhook before it is paused.
     pub dead_letters_max: u64,
+    /// Which addresses endpoints may have, unless their webhook says otherwise.
+    pub guard: Guard,
     /// How long a filtered request stays open before it is read anew (DESIGN §8).
     pub feed_rotate: Duration,
     /// `timeout` of a continuous request: how long CouchDB keeps it open when nothing happens.
@@ -281,6 +283,8 @@ pub struct Webhook {
     pub batching: Option<Batching>,
     /// Stopped by configuration.
     pub paused: bool,
+    /// Which addresses its endpoint may have.
+    pub guard: Guard,
     /// PEM file with roots for this endpoint beside the others.
     pub ca_file: Option<PathBuf>,
     /// SHA-256 in hex over the endpoint URL and the section as written: tells whether it changed.

@@ -101,6 +101,17 @@ fn defaults_are_those_of_the_table() {
                 checkpoint_interval: 5s,
                 deliveries_max: 64,
                 dead_letters_max: 10000,
+                guard: Guard {
+                    level: Metadata,
+                    allow: [],
+                    deny: [],
+                    watched: Some(
+                        Watched {
+                            host: "127.0.0.1",
+                            port: 5984,
+                        },
+                    ),
+                },
                 feed_rotate: 60s,
                 feed_timeout: 60s,
             },
@@ -152,6 +163,17 @@ fn defaults_are_those_of_the_table() {
                     rate_limit: None,
                     batching: None,
                     paused: false,
+                    guard: Guard {
+                        level: Metadata,
+                        allow: [],
+                        deny: [],
+                        watched: Some(
+                            Watched {
+                                host: "127.0.0.1",
+                                port: 5984,
+                            },
+                        ),
+                    },
                     ca_file: None,
                     fingerprint: "5a9604a38e61de906703fcfcfa4c289f8ba0933a776e81da4c936fe6cdf9f91c",
                 },
@@ -546,7 +568,7 @@ fn every_fault_is_said_and_holds_back_its_own_webhook_alone() {
             hookd.ini:7: [hookd.webhook.a] timeout: expected a duration with its unit, got `1`; write `1s` or `1m`
             hookd.ini:3: [hookd.webhooks] b: expected `http://HOST` or `https://HOST` with or without a path, got a text without `://`
             warning: [hookd.webhook.b] secret: there is none: receivers cannot tell our requests from forged ones; `couch-hookd secret` prints a new one
-            warning: hookd.ini:4: [hookd.webhooks] c: payloads go to http://c.example unencrypted; write https:// where the endpoint takes it
+            warning: hookd.ini:4: [hookd.webhooks] c: payloads go to http://c.example #f9262d unencrypted; write https:// where the endpoint takes it
             warning: [hookd.webhook.c] secret: there is none: receivers cannot tell our requests from forged ones; `couch-hookd secret` prints a new one
             runs [c], holds back [Big, a, b]"#]],
     );

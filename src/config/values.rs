@@ -8,6 +8,7 @@ use std::time::Duration;
 use serde_json::Value as Json;
 
 use crate::config::keys;
+use crate::pure::guard::Network;
 use crate::pure::rate::RateLimit;
 use crate::pure::signature::Key;
 
@@ -216,6 +217,16 @@ pub(crate) fn statuses(text: &str) -> Result<Vec<u16>, String> {
         Err("expected statuses, separated by commas, or `off`, got none".to_owned())
     } else {
         Ok(all)
+    }
+}
+
+/// Networks, separated by commas.
+pub(crate) fn networks(text: &str) -> Result<Vec<Network>, String> {
+    let parse = |part: &str| Network::parse(part).map_err(|why| format!("{why}, got `{}`", shown(part)));
+    let all = list(text).map(parse).collect::<Result<Vec<_>, _>>()?;
+    match all.is_empty() {
+        true => Err("expected networks, separated by commas, got none".to_owned()),
+        false => Ok(all),
     }
 }
 

@@ -11,11 +11,12 @@ use crate::config::finding::{Finding, Value};
 use crate::config::hookd::small;
 use crate::config::keys::{self, Section};
 use crate::config::reader::{self, Reader};
-use crate::config::{Filter, Since, Webhook, values};
+use crate::config::{Filter, Hookd, Since, Webhook, values};
 use crate::pure::dispatch::batches::Batching;
 use crate::pure::format::Format;
+use crate::pure::guard::{self, Guard, Level};
 use crate::pure::secret::Secret;
-use crate::pure::url::Url;
+use crate::pure::url::{self, Url};
 
 /// Whether a webhook may be called so: `[a-z0-9][a-z0-9_-]{0,39}`.
 pub(crate) fn is_name(text: &str) -> bool {
@@ -30,9 +31,10 @@ pub(crate) fn parse(
     name: &str,
     endpoint: &Value,
     section: &BTreeMap<String, Value>,
-    state_db: Option<&str>,
+    hookd: Option<&Hookd>,
     findings: &mut Vec<Finding>,
 ) -> Option<Webhook> {
+    let state_db = hookd.map(|hookd| hookd.state_db.as_str());
     let mut reader = Reader::new(Section::Webhook, Some(name), section);
     let mut found = check_endpoint(name, endpoint);
     reader.word("watch", &keys::WATCH_LATER);
@@ -64,6 +66,7 @@ pub(crate) fn parse(
         rate_limit: reader.with_default("rate_limit", values::rate_limit),
         batching: batching(&mut reader, format),
         paused: reader.flag("paused"),
+        guard: guard(&mut reader, hookd),
         ca_file: reader.path("ca_file"),
         fingerprint: fingerprint(endpoint, section),
     };
@@ -75,14 +78,29 @@ pub(crate) fn parse(
 
 fn check_endpoint(name: &str, endpoint: &Value) -> Vec<Finding> {
     let place = reader::place(Some(endpoint), "hookd.webhooks", name);
-    match Url::parse(endpoint.text.expose().trim()) {
+    let text = endpoint.text.expose().trim();
+    match Url::parse(text) {
         Err(why) => vec![Finding::error(Some(name), place, why)],
         Ok(url) if !url.is_https() && !url.is_loopback() => {
-            let message =
-                format!("payloads go to {url} unencrypted; write https:// where the endpoint takes it");
+            let message = format!(
+                "payloads go to {} unencrypted; write https:// where the endpoint takes it",
+                url::shown(text)
+            );
             vec![Finding::warning(Some(name), place, message)]
         }
         Ok(_) => Vec::new(),
+    }
+}
+
+/// `[hookd]`'s, key by key replaced by the webhook's own.
+fn guard(reader: &mut Reader<'_>, hookd: Option<&Hookd>) -> Guard {
+    let common = hookd.map(|hookd| hookd.guard.clone()).unwrap_or_default();
+    let level = reader.read("endpoint_guard", |text| values::word(text, guard::LEVELS, &[]));
+    Guard {
+        level: level.map_or(common.level, Level::of_word),
+        allow: reader.read("endpoint_allow", values::networks).unwrap_or(common.allow),
+        deny: reader.read("endpoint_deny", values::networks).unwrap_or(common.deny),
+        watched: common.watched,
     }
 }
 

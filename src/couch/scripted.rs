@@ -78,6 +78,7 @@ pub(crate) fn hookd(url: &str, login: Option<(&str, &str)>) -> config::Hookd {
         checkpoint_interval: std::time::Duration::from_secs(5),
         deliveries_max: 64,
         dead_letters_max: 10_000,
+        guard: crate::pure::guard::Guard::off(),
         feed_rotate: std::time::Duration::from_secs(60),
         feed_timeout: std::time::Duration::from_secs(60),
     }

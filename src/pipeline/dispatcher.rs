@@ -29,6 +29,7 @@ use crate::pure::endpoint::{self, DownReason, LetterClass, Moment, Outcome, Sett
 use crate::pure::flow::{self, Flow, Read};
 use crate::pure::message::{Telling, WebhookId};
 use crate::pure::table::Table;
+use crate::pure::url;
 use crate::sys::{self, Thread};
 
 /// Batches of rows on their way; each is at most one socket read, or one row.
@@ -226,6 +227,8 @@ struct Dispatcher<'a> {
     workers: Workers<Job>,
     in_flight: Table<u64, (WebhookId, jiff::Timestamp)>,
     failures: HashMap<WebhookId, Failure>,
+    /// Why the last attempt without an answer got none.
+    no_answer: String,
     complaints: Vec<Complaint>,
     /// Answers cut off since a request last ended as it should.
     n_cuts: Vec<u32>,
@@ -296,6 +299,7 @@ impl<'a> Dispatcher<'a> {
             workers,
             in_flight: Table::default(),
             failures: HashMap::new(),
+            no_answer: String::new(),
             n_letters: active.n_letters,
             bytes: 0,
             stop: None,
@@ -414,6 +418,9 @@ impl<'a> Dispatcher<'a> {
                     Outcome::Unreachable | Outcome::Timeout | Outcome::Broken => None,
                 };
                 log::debug!("webhook `{}`: `{id}`: {outcome:?} {}", self.webhook.name, answer.text);
+                if status.is_none() {
+                    self.no_answer.clone_from(&answer.text);
+                }
                 // What a batch was answered is about none of its events.
                 if !self.dispatch.is_batch(token) {
                     self.note_failure(id, status, answer.text, started);
@@ -604,7 +611,15 @@ impl<'a> Dispatcher<'a> {
         let name = &self.webhook.name;
         match notice {
             Notice::Endpoint(endpoint::Notice::Down(reason)) => {
-                log::warn!("webhook `{name}`: its endpoint {}; the checkpoint is held", down_text(reason));
+                let endpoint = url::shown(self.webhook.endpoint.expose());
+                let why = match reason {
+                    DownReason::Unreachable => format!(": {}", self.no_answer),
+                    _ => String::new(),
+                };
+                log::warn!(
+                    "webhook `{name}`: its endpoint {} ({endpoint}{why}); the checkpoint is held",
+                    down_text(reason)
+                );
             }
             Notice::Endpoint(endpoint::Notice::Up) => {
                 log::info!("webhook `{name}`: its endpoint takes events")

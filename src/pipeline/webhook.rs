@@ -4,19 +4,20 @@
 //! answer holds none of our secrets; and that a pooled connection which died before any answer is tried once
 //! more at once. Whom an outcome suspects is left to `pure::endpoint`.
 
+pub mod trial;
+
 use std::io::ErrorKind;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use http::header::{AUTHORIZATION, CONTENT_TYPE, HeaderMap, HeaderName, HeaderValue, USER_AGENT};
 use http::{Request, Uri};
-use ureq::unversioned::resolver::DefaultResolver;
 use ureq::unversioned::transport::{ConnectionDetails, Connector, Transport};
 use ureq::{Agent, Timeout};
 
 use crate::config;
 use crate::error::{Context, Error, Kind, Result};
-use crate::names::Names;
+use crate::names::{Names, Refused};
 use crate::pipeline::agents::Agents;
 use crate::pure::dispatch::Attempt;
 use crate::pure::dispatch::batches::Batch;
@@ -103,7 +104,7 @@ impl Endpoint {
         let fault = |found: String| Error::new(Kind::Config, found);
         let url = Url::parse(webhook.endpoint.expose()).map_err(fault)?;
         let keys = webhook.secrets.iter().map(|secret| Key::parse(secret.expose())).collect::<Result<_, _>>();
-        let names = Names::default();
+        let names = Names::guarded(webhook.guard.clone());
         let address = url.without_userinfo();
         let uri = address.parse().map_err(|error| fault(format!("not a URL: {error}")))?;
         let (headers, secrets) = headers(webhook, &url).map_err(fault)?;
@@ -161,22 +162,12 @@ impl Endpoint {
         content_type: Option<&'static str>,
         body: &[u8],
     ) -> Result<(u16, Option<Duration>, Vec<u8>), ureq::Error> {
-        let id = id.to_string();
-        let timestamp = sys::wall().as_second();
-        let mut request = Request::post(self.uri.clone()).body(body)?;
-        let headers = request.headers_mut();
-        headers.clone_from(&self.headers);
-        headers.insert(WEBHOOK_ID, HeaderValue::try_from(&id).expect("it is hex digits"));
-        headers.insert(WEBHOOK_TIMESTAMP, timestamp.into());
-        headers.insert(HOOKD_ATTEMPT, attempt.into());
-        if let Some(signature) = signature::sign(&self.keys, &id, timestamp, body) {
-            headers.insert(WEBHOOK_SIGNATURE, HeaderValue::try_from(signature).expect("it is base64"));
-        }
+        let mut request = self.request(&id.to_string(), attempt, body)?;
         if let Some(content_type) = content_type {
-            headers.insert(CONTENT_TYPE, HeaderValue::from_static(content_type));
+            request.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static(content_type));
         }
         if replay {
-            headers.insert(HOOKD_REPLAY, HeaderValue::from_static("true"));
+            request.headers_mut().insert(HOOKD_REPLAY, HeaderValue::from_static("true"));
         }
         // To the end of the answer's body: only then the connection is free.
         self.agents.lend(|agent| self.ask(agent, request))
@@ -199,6 +190,21 @@ impl Endpoint {
         Ok((status, retry_after, body))
     }
 
+    /// A request with all its headers, signed for this moment.
+    fn request<'a>(&self, id: &str, attempt: u32, body: &'a [u8]) -> Result<Request<&'a [u8]>, ureq::Error> {
+        let timestamp = sys::wall().as_second();
+        let mut request = Request::post(self.uri.clone()).body(body)?;
+        let headers = request.headers_mut();
+        headers.clone_from(&self.headers);
+        headers.insert(WEBHOOK_ID, HeaderValue::try_from(id).expect("it is hex digits"));
+        headers.insert(WEBHOOK_TIMESTAMP, timestamp.into());
+        headers.insert(HOOKD_ATTEMPT, attempt.into());
+        if let Some(signature) = signature::sign(&self.keys, id, timestamp, body) {
+            headers.insert(WEBHOOK_SIGNATURE, HeaderValue::try_from(signature).expect("it is base64"));
+        }
+        Ok(request)
+    }
+
     fn judge(&self, result: Result<(u16, Option<Duration>, Vec<u8>), ureq::Error>) -> Answer {
         match result {
             Ok((status, retry_after, body)) => {
@@ -214,7 +220,7 @@ impl Endpoint {
                 if outcome == Outcome::Unreachable {
                     self.names.forget();
                 }
-                Answer { outcome, text: self.redactor.redact(&error.to_string(), ANSWER_CHARS) }
+                Answer { outcome, text: self.redactor.redact(&error_text(&error), ANSWER_CHARS) }
             }
         }
     }
@@ -263,16 +269,12 @@ fn headers(webhook: &config::Webhook, url: &Url) -> Result<(HeaderMap, Vec<Secre
 pub fn reach(webhook: &config::Webhook) -> Result<()> {
     let url = Url::parse(webhook.endpoint.expose()).map_err(|found| Error::new(Kind::Config, found))?;
     let connector = Sockets::default().chain(HangUp);
-    let agent = Agent::with_parts(agent_config(webhook, &url)?, connector, DefaultResolver::default());
+    let names = Names::guarded(webhook.guard.clone());
+    let agent = Agent::with_parts(agent_config(webhook, &url)?, connector, names);
     match agent.head(url.origin()).call() {
         Err(ureq::Error::Other(other)) if other.is::<Reached>() => Ok(()),
         Err(ureq::Error::Timeout(_)) => Err(Error::new(Kind::Timeout, "no connection in time")),
-        Err(error) => {
-            // "io: Connection refused (os error 111)": the number is noise.
-            let text = error.to_string();
-            let text = text.split(" (os error").next().unwrap_or_default();
-            Err(Error::new(Kind::Unreachable, text.strip_prefix("io: ").unwrap_or(text)))
-        }
+        Err(error) => Err(Error::new(Kind::Unreachable, error_text(&error))),
         Ok(_) => Err(Error::new(Kind::Malformed, "an answer to a request that was never sent")),
     }
 }
@@ -332,6 +334,15 @@ fn is_dead_socket(kind: ErrorKind) -> bool {
     )
 }
 
+/// `io: Connection refused (os error 111)` without what is noise: `connection refused`.
+fn error_text(error: &ureq::Error) -> String {
+    let text = error.to_string();
+    let text = text.split(" (os error").next().unwrap_or_default();
+    let bare = ["io: ", "other: "].iter().find_map(|class| text.strip_prefix(class));
+    let mut chars = bare.unwrap_or(text).chars();
+    chars.next().map(|first| first.to_ascii_lowercase()).into_iter().chain(chars).collect()
+}
+
 /// What an error of the client says about the endpoint.
 fn outcome_of(error: &ureq::Error) -> Outcome {
     match error {
@@ -341,6 +352,7 @@ fn outcome_of(error: &ureq::Error) -> Outcome {
         | ureq::Error::ConnectionFailed
         | ureq::Error::Tls(_)
         | ureq::Error::Rustls(_) => Outcome::Unreachable,
+        ureq::Error::Other(error) if error.is::<Refused>() => Outcome::Unreachable,
         ureq::Error::Io(error) => match error.kind() {
             ErrorKind::TimedOut | ErrorKind::WouldBlock => Outcome::Timeout,
             kind if is_dead_socket(kind) => Outcome::Broken,

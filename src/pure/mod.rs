@@ -8,6 +8,7 @@ pub mod endpoint;
 pub mod excerpt;
 pub mod flow;
 pub mod format;
+pub mod guard;
 pub mod ini;
 pub mod lanes;
 pub mod log_limit;
@@ -25,5 +26,6 @@ pub mod signature;
 #[cfg(test)]
 mod simulation;
 pub mod table;
+pub mod test_event;
 pub mod url;
 pub mod watermark;

@@ -28,6 +28,15 @@ pub fn next_try(
     not_before.map_or(at, |not_before| at.max(not_before))
 }
 
+/// When the tries of a schedule come after the first one, without jitter: sums of its steps.
+pub fn since_first(schedule: &[Duration]) -> Vec<Duration> {
+    let add = |sum: &mut Duration, step: &Duration| {
+        *sum = sum.saturating_add(*step);
+        Some(*sum)
+    };
+    schedule.iter().scan(Duration::ZERO, add).collect()
+}
+
 /// What an answer's `Retry-After` asks for: seconds, or a date that counts from the answer's own `date`, so that
 /// a wrong clock on either side does no harm; without one it counts from `wall`. `None` when it is neither, or
 /// not in the future. Not cut: who uses it has its own limit.
@@ -38,11 +47,13 @@ pub fn retry_after(text: &str, date: Option<&str>, wall: Timestamp) -> Option<Du
     if let Ok(seconds) = text.parse::<u32>() {
         return Some(Duration::from_secs(u64::from(seconds))).filter(|after| !after.is_zero());
     }
-    let parse = |text: &str| {
-        jiff::fmt::rfc2822::DateTimeParser::new().parse_timestamp(text.trim().replace("GMT", "+0000")).ok()
-    };
-    let from = date.and_then(parse).unwrap_or(wall);
-    Duration::try_from(parse(text)?.duration_since(from)).ok().filter(|after| !after.is_zero())
+    let from = date.and_then(http_date).unwrap_or(wall);
+    Duration::try_from(http_date(text)?.duration_since(from)).ok().filter(|after| !after.is_zero())
+}
+
+/// A date of HTTP: `Sat, 21 Nov 2026 20:47:41 GMT`.
+pub fn http_date(text: &str) -> Option<Timestamp> {
+    jiff::fmt::rfc2822::DateTimeParser::new().parse_timestamp(text.trim().replace("GMT", "+0000")).ok()
 }
 
 #[cfg(test)]
@@ -61,6 +72,12 @@ mod tests {
         check(2, 0.5, 5_000);
         check(3, 0.5, 300_000);
         check(4_000_000_000, 0.5, 300_000);
+    }
+
+    #[test]
+    fn tries_are_counted_from_the_first() {
+        let schedule = [1, 5, 15].map(Duration::from_secs);
+        assert_eq!(since_first(&schedule), [1, 6, 21].map(Duration::from_secs));
     }
 
     #[test]

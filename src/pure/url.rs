@@ -9,7 +9,7 @@ use std::net::IpAddr;
 use http::Uri;
 use percent_encoding::percent_decode_str;
 
-use crate::pure::secret::Secret;
+use crate::pure::secret::{Secret, fingerprint};
 
 /// A URL that was checked. `Debug` and `Display` show only its origin.
 #[derive(Clone, PartialEq, Eq)]
@@ -82,6 +82,11 @@ impl Url {
         self.rest.contains('?')
     }
 
+    /// Whether there is a path or a query: what follows the origin and may be secret.
+    pub fn has_path(&self) -> bool {
+        !["", "/"].contains(&self.rest.as_str())
+    }
+
     /// Whether there is a user name.
     pub fn has_userinfo(&self) -> bool {
         self.userinfo.is_some()
@@ -108,9 +113,19 @@ impl Url {
         self.https
     }
 
+    /// The host in lower case, an IPv6 address without brackets.
+    pub fn host(&self) -> &str {
+        self.host.trim_start_matches('[').trim_end_matches(']')
+    }
+
+    /// The port as written, or the scheme's.
+    pub fn port(&self) -> u16 {
+        self.port.unwrap_or(if self.https { 443 } else { 80 })
+    }
+
     /// Whether the host is this machine: `localhost`, 127.0.0.0/8, `::1`.
     pub fn is_loopback(&self) -> bool {
-        let bare = self.host.trim_start_matches('[').trim_end_matches(']');
+        let bare = self.host();
         bare == "localhost"
             || bare.ends_with(".localhost")
             || bare.parse::<IpAddr>().is_ok_and(|address| address.is_loopback())
@@ -129,9 +144,13 @@ impl fmt::Display for Url {
     }
 }
 
-/// What may be shown of a text that should be a URL: its origin, or `***`.
+/// What may be shown of an endpoint's URL, whose path and query may be secret: `https://shop.example #1f9a07`, or
+/// `***` for a text that is no URL. The fingerprint tells two endpoints of one host apart; it is too short to
+/// find out by it what it was made of.
 pub fn shown(text: &str) -> String {
-    Url::parse(text).map_or_else(|_| "***".to_owned(), |url| url.origin())
+    let Ok(url) = Url::parse(text) else { return "***".to_owned() };
+    // Without the login: a short hash helps whoever guesses at a weak password.
+    format!("{} {}", url.origin(), fingerprint(&url.without_userinfo()))
 }
 
 fn host_and_port(text: &str) -> Result<(&str, Option<u16>), String> {
@@ -221,6 +240,13 @@ mod tests {
         assert_eq!((name.as_str(), password.unwrap().expose()), ("ho@okd", "pä:ss"));
         assert!(Url::parse("http://%ff@h").unwrap().userinfo().is_err());
         assert_eq!(Url::parse("http://h").unwrap().userinfo().unwrap(), None);
+    }
+
+    #[test]
+    fn endpoints_of_one_host_are_told_apart() {
+        assert_eq!(shown("https://Shop.example:8443/hooks?token=1"), "https://shop.example:8443 #5a892f");
+        assert_ne!(shown("https://shop.example/a"), shown("https://shop.example/b"));
+        assert_eq!(shown("shop.example/a"), "***");
     }
 
     #[test]

@@ -402,3 +402,28 @@ fn check_followed_live(flavour: Flavour) {
     assert!(flavour == Flavour::V1 || said.contains("the configuration is node `"), "{said}");
     assert!(flavour == Flavour::V3 || couch.n_requests("GET /_config") > 1);
 }
+
+#[test]
+fn completions_and_manual_pages_come_from_the_definition() {
+    for (shell, part) in [("bash", "complete -F"), ("zsh", "#compdef couch-hookd"), ("fish", "complete -c")] {
+        let (status, out, err) = run(&["completions", shell], b"");
+        assert_eq!(status, 0, "{err}");
+        assert!(out.contains(part) && out.contains("from-couchdb"), "{shell}: {out}");
+        if shell == "bash" {
+            let folder = Folder::new();
+            let path = folder.file("completions", &out);
+            assert!(Command::new("bash").arg("-n").arg(path).status().unwrap().success());
+        }
+    }
+    refused(&["completions", "tcsh"], "invalid value 'tcsh'");
+    let folder = Folder::new();
+    let (status, _, err) = run(&["man", "--dir", folder.0.to_str().unwrap()], b"");
+    assert_eq!(status, 0, "{err}");
+    for page in ["man1/couch-hookd.1", "man1/couch-hookd-explain.1", "man5/hookd.ini.5"] {
+        assert!(folder.0.join(page).exists(), "{page}");
+    }
+    let (status, out, _) = run(&["man"], b"");
+    assert!(status == 0 && out.contains(".TH couch-hookd 1"), "{out}");
+    let (status, _, err) = run(&["man", "--dir", "/dev/null"], b"");
+    assert!(status == 1 && err.contains("`/dev/null/man1/couch-hookd.1`: failed to write"), "{err}");
+}

@@ -124,6 +124,7 @@ fn hookd(url: &str) -> Hookd {
         checkpoint_interval: Duration::from_secs(5),
         deliveries_max: 64,
         dead_letters_max: 10_000,
+        guard: couch_hookd::pure::guard::Guard::off(),
         feed_rotate: Duration::from_secs(60),
         feed_timeout: Duration::from_secs(60),
     }

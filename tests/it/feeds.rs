@@ -122,6 +122,7 @@ fn read_by_sevens(couch: &StandIn, filter: Filter) -> BTreeSet<String> {
         checkpoint_interval: Duration::from_secs(5),
         deliveries_max: 64,
         dead_letters_max: 10_000,
+        guard: couch_hookd::pure::guard::Guard::off(),
         feed_rotate: Duration::from_secs(60),
         feed_timeout: Duration::from_secs(60),
     };

@@ -10,8 +10,10 @@ mod couch;
 mod docs;
 mod ending;
 mod endpoints;
+mod explain;
 mod feeds;
 mod formats;
+mod guard;
 mod host;
 mod http_client;
 mod kills;
@@ -21,6 +23,7 @@ mod secrets;
 mod sharing;
 mod standin;
 mod standin_recorded;
+mod trial;
 mod world;
 
 mod outside;

@@ -13,8 +13,8 @@ use crate::world::{
 /// What servers and proxies write into their error pages.
 fn echo(status: u16, headers: &[(String, String)]) -> Reaction {
     let mut body = format!(
-        "Cannot POST /hook?token={CANARY}-token: token={CANARY}-token, {CANARY}-token, hook:{CANARY}-endpoint, \
-         wrong password {CANARY}-endpoint, http://hook:{CANARY}-endpoint@127.0.0.1/hook?token={CANARY}-token, {} ",
+        "Cannot POST /hook/{CANARY}-path?token={CANARY}-token: token={CANARY}-token, {CANARY}-token, hook:{CANARY}-endpoint, \
+         wrong password {CANARY}-endpoint, http://hook:{CANARY}-endpoint@127.0.0.1/hook/{CANARY}-path?token={CANARY}-token, {} ",
         secret()
     );
     for (name, value) in headers {

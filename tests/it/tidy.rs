@@ -15,7 +15,7 @@ const IMPORTS: &[(&str, &[&str])] = &[
     ("src/sys.rs", &["pure", "error", "config"]),
     ("src/log.rs", &["pure", "error", "config", "sys"]),
     ("src/tls.rs", &["pure", "error", "config", "sys", "log"]),
-    ("src/names.rs", &["sys", "socket"]),
+    ("src/names.rs", &["pure", "sys", "socket"]),
     ("src/socket.rs", &["sys"]),
     ("src/couch/", &["pure", "error", "config", "sys", "log", "names", "tls", "couch"]),
     ("src/host/", &["pure", "error", "config", "sys", "log", "host"]),
@@ -37,7 +37,7 @@ const UREQ: &[&str] = &[
     "src/couch/client.rs",
     "src/names.rs",
     "src/pipeline/agents.rs",
-    "src/pipeline/webhook.rs",
+    "src/pipeline/webhook",
     "src/socket.rs",
     "src/tls.rs",
 ];

@@ -112,10 +112,11 @@ impl Ini {
     }
 
     /// A webhook signed with [`secret`], and the lines of its section; `since = 0` unless they say otherwise. Its
-    /// URL gets a login and a token, its requests a header that nobody else may see.
+    /// URL gets a login, a token and, where it is a [`receiver`]'s, a longer path, its requests a header that nobody else may see.
     pub(crate) fn webhook(mut self, name: &str, endpoint: &str, lines: &str) -> Ini {
         let url = endpoint.replacen("://", &format!("://hook:{CANARY}-endpoint@"), 1);
-        writeln!(self.webhooks, "{name} = {url}?token={CANARY}-token").unwrap();
+        let path = if url.ends_with("/hook") { format!("/{CANARY}-path") } else { String::new() };
+        writeln!(self.webhooks, "{name} = {url}{path}?token={CANARY}-token").unwrap();
         writeln!(self.sections, "[hookd.webhook.{name}]\nheader.x-canary = {CANARY}-header").unwrap();
         if !lines.lines().any(|line| line.trim_start().starts_with("secret")) {
             writeln!(self.sections, "secret = {}", secret()).unwrap();

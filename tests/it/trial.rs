@@ -1,0 +1,105 @@
+//! `test NAME`: one event by the way of a delivery, each step shown, nothing secret in any of it.
+
+use std::io::{Read, Write};
+use std::net::TcpListener;
+use std::process::Command;
+
+use couch_hookd::standin::receiver::Reaction;
+use couch_hookd::sys;
+use serde_json::Value;
+
+use crate::world::{CANARY, Dir, Ini, assert_no_secret, receiver, receiver_with};
+
+/// Exit status and what stands on stdout, stderr behind it.
+fn test(ini: &Ini, arguments: &[&str]) -> (Option<i32>, String) {
+    let dir = Dir::new();
+    let path = dir.path("hookd.ini");
+    std::fs::write(&path, ini.text()).unwrap();
+    let mut command = Command::new(env!("CARGO_BIN_EXE_couch-hookd"));
+    let output = command.args(["test", "orders", "--config"]).arg(path).args(arguments).output().unwrap();
+    let text = String::from_utf8(output.stdout).unwrap() + &String::from_utf8(output.stderr).unwrap();
+    assert_no_secret("test", &text);
+    (output.status.code(), text)
+}
+
+/// Nobody asks CouchDB for anything.
+fn ini(endpoint: &str, lines: &str) -> Ini {
+    Ini::new("http://127.0.0.1:9").webhook("orders", endpoint, lines)
+}
+
+#[test]
+fn a_signed_event_arrives_and_every_step_is_timed() {
+    let receiver = receiver_with(|options| options.keep_bodies = true);
+    let (status, text) = test(&ini(&receiver.url(), ""), &["--json"]);
+    assert_eq!(status, Some(0), "{text}");
+    let said: Value = serde_json::from_str(&text).unwrap();
+    let steps: Vec<&str> =
+        said["steps"].as_array().unwrap().iter().map(|step| step["step"].as_str().unwrap()).collect();
+    assert_eq!(steps, ["name", "connect", "answer"], "{text}");
+    assert_eq!(said["status"], 200, "{text}");
+    receiver.look(|record| {
+        let [one] = record.deliveries() else { panic!("expected one request, got {record:?}") };
+        assert_eq!(one.status, Some(200), "{one:?}");
+        let header =
+            |name: &str| one.headers.iter().find(|(key, _)| key == name).map(|(_, value)| value.as_str());
+        assert_eq!(header("webhook-id"), said["id"].as_str());
+        assert_eq!(header("x-canary"), Some(format!("{CANARY}-header").as_str()));
+        // The line for the shell has the signature that was sent, which is no secret.
+        assert!(said["curl"].as_str().unwrap().contains(header("webhook-signature").unwrap()), "{text}");
+    });
+}
+
+#[test]
+fn only_2xx_is_success_and_the_answer_is_shown_without_secrets() {
+    let receiver = receiver();
+    receiver.answer(|one| {
+        let secret = one.headers.iter().find(|(key, _)| key == "x-canary").unwrap().1.clone();
+        let body = format!("no such\ntoken {secret}");
+        Reaction::StatusWith { status: 401, headers: Vec::new(), body }
+    });
+    let (status, text) = test(&ini(&receiver.url(), ""), &[]);
+    assert_eq!(status, Some(1), "{text}");
+    assert!(text.contains("401 Unauthorized") && text.contains("it says: no such token ***"), "{text}");
+    assert!(text.contains("-H 'x-canary: ***'") && text.contains("/***'"), "{text}");
+}
+
+#[test]
+fn the_step_that_fails_is_named() {
+    let check = |endpoint: &str, lines: &str, expected: &str| {
+        let (status, text) = test(&ini(endpoint, lines), &["--json"]);
+        assert_eq!(status, Some(1), "{text}");
+        let said: Value = serde_json::from_str(&text).unwrap();
+        let found = format!("{}: {}", said["failed_at"].as_str().unwrap(), said["error"].as_str().unwrap());
+        assert!(found.starts_with(expected), "{endpoint}: {found}");
+    };
+    // A port that was free a moment ago.
+    let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+    check(&format!("http://127.0.0.1:{port}/x"), "", "connect: connection refused");
+    check("http://169.254.169.254/x", "", "name: the address `169.254.169.254` is refused");
+    let receiver = receiver();
+    check(&receiver.url().replace("http:", "https:"), "", "tls: ");
+    let silent = TcpListener::bind("127.0.0.1:0").unwrap();
+    check(&format!("http://{}/x", silent.local_addr().unwrap()), "timeout = 200ms", "answer: timeout");
+}
+
+#[test]
+fn a_clock_that_differs_is_a_finding() {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let endpoint = format!("http://{}/x", listener.local_addr().unwrap());
+    let server = sys::spawn("old-clock", move || {
+        let (mut stream, _) = listener.accept().unwrap();
+        let mut seen = Vec::new();
+        let mut buffer = [0; 4096];
+        while !seen.ends_with(b"}}") {
+            let n = stream.read(&mut buffer).unwrap();
+            seen.extend_from_slice(&buffer[..n]);
+        }
+        let answer =
+            "HTTP/1.1 204 No Content\r\nDate: Sat, 21 Nov 2020 20:47:41 GMT\r\nConnection: close\r\n\r\n";
+        stream.write_all(answer.as_bytes()).unwrap();
+    });
+    let (status, text) = test(&ini(&endpoint, ""), &[]);
+    server.unwrap().join().unwrap();
+    assert_eq!(status, Some(0), "{text}");
+    assert!(text.contains("warning") && text.contains(" s behind ours; receivers refuse"), "{text}");
+}
