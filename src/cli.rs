@@ -4,12 +4,16 @@
 //! a fault, 2 used wrongly. Each command has a file; only `out` writes to stdout (the daemon's modes never do).
 
 mod check;
+#[allow(dead_code, reason = "the commands that use it follow")]
+mod common;
 mod demo;
 mod out;
 mod receive;
 mod run;
 mod secret;
 mod signature;
+#[allow(dead_code, reason = "the commands that use it follow")]
+mod table;
 mod watch;
 
 use clap::error::ErrorKind;

@@ -17,6 +17,18 @@ pub(crate) enum Colour {
     Red,
 }
 
+impl Colour {
+    /// The text in this colour, for a terminal.
+    pub(crate) fn paint(self, text: &str) -> String {
+        let code = match self {
+            Colour::Green => 32,
+            Colour::Yellow => 33,
+            Colour::Red => 31,
+        };
+        format!("\x1b[{code}m{text}\x1b[0m")
+    }
+}
+
 /// Standard output.
 pub(crate) struct Out {
     stdout: io::Stdout,
@@ -44,14 +56,9 @@ impl Out {
     /// # Errors
     /// As [`Out::line`].
     pub(crate) fn marked_line(&mut self, word: &str, colour: Colour, text: &str) -> Result<()> {
-        let code = match colour {
-            Colour::Green => 32,
-            Colour::Yellow => 33,
-            Colour::Red => 31,
-        };
         let text = one_line(text);
         match self.colours {
-            true => self.write(&format!("\x1b[{code}m{word:<7}\x1b[0m  {text}")),
+            true => self.write(&format!("{}  {text}", colour.paint(&format!("{word:<7}")))),
             false => self.write(&format!("{word:<7}  {text}")),
         }
     }
@@ -62,6 +69,24 @@ impl Out {
     /// As [`Out::line`].
     pub(crate) fn json(&mut self, json: &str) -> Result<()> {
         self.write(json)
+    }
+
+    /// One line whose pieces were made safe and coloured by `table`.
+    ///
+    /// # Errors
+    /// As [`Out::line`].
+    pub(crate) fn styled(&mut self, line: &str) -> Result<()> {
+        self.write(line)
+    }
+
+    /// Whether colours are wanted.
+    pub(crate) fn has_colours(&self) -> bool {
+        self.colours
+    }
+
+    /// Columns of the terminal; `None` when stdout is none.
+    pub(crate) fn width(&self) -> Option<usize> {
+        terminal_size::terminal_size_of(&self.stdout).map(|(width, _)| usize::from(width.0))
     }
 
     /// The bytes as they are, for whoever prints by itself.

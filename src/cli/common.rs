@@ -1,0 +1,79 @@
+//! What the commands that operate webhooks share: the configuration as `run` finds it, and the CouchDB it names.
+//!
+//! Guarantees that a configuration with faults in one webhook still serves the others, as in the daemon; that
+//! faults are said in one line each on stderr; and that nothing is sent before a command asks for it.
+
+use std::collections::BTreeSet;
+
+use crate::cli::out::complain;
+use crate::cli::run::{Source, where_to_ask};
+use crate::config::finding::{Finding, Origin, Raw};
+use crate::config::source::{self, Overrides, Sources};
+use crate::config::{self, Config, Webhook, keys};
+use crate::couch::client::Server;
+use crate::couch::node_config::NodeConfig;
+use crate::error::{Context, Error, Kind, Result};
+
+/// A configuration that can be used, and the server it is for.
+pub(crate) struct Setup {
+    /// As it was written, with the origin of every value.
+    pub(crate) raw: Raw,
+    /// What it means.
+    pub(crate) config: Config,
+    /// Webhooks whose section has an error: listed, but not in `config`.
+    pub(crate) held_back: BTreeSet<String>,
+    /// Everything that is wrong with it.
+    pub(crate) findings: Vec<Finding>,
+    /// CouchDB, not asked for anything yet (but for its configuration with `--from-couchdb`).
+    pub(crate) server: Server,
+}
+
+impl Setup {
+    /// Finds the configuration as `run` does.
+    ///
+    /// # Errors
+    /// `Config`, with every fault in one line, when nothing can be done with it; with `--from-couchdb` as asking
+    /// CouchDB.
+    pub(crate) fn load(from: Source) -> Result<Setup> {
+        let Source { config, from_couchdb, node, set } = from;
+        let overrides = Overrides::of_process(set);
+        let raw = match from_couchdb {
+            false => source::load(&Sources { config, overrides }),
+            true => {
+                let server = Server::new(&where_to_ask(&overrides)?)?;
+                let sections = NodeConfig::new(server, node).read().context(|| "_config".to_owned())?;
+                source::from_sections(&sections, &Origin::CouchConfig, &overrides)
+            }
+        };
+        let (parsed, findings) = config::parse(&raw);
+        let Some(config) = parsed.config else {
+            let faults = findings.iter().filter(|finding| finding.is_error()).map(ToString::to_string);
+            let faults = faults.collect::<Vec<_>>().join("; ");
+            return Err(Error::new(Kind::Config, format!("the configuration cannot be used: {faults}")));
+        };
+        let server = Server::new(&config.hookd)?;
+        Ok(Setup { raw, config, held_back: parsed.held_back, findings, server })
+    }
+
+    /// The webhook of this name.
+    ///
+    /// # Errors
+    /// `Config`: it is not listed, or its section has an error (which one is said on stderr).
+    pub(crate) fn webhook(&self, name: &str) -> Result<&Webhook> {
+        if let Some(webhook) = self.config.webhooks.iter().find(|webhook| webhook.name == name) {
+            return Ok(webhook);
+        }
+        if self.held_back.contains(name) {
+            let its = |finding: &&Finding| finding.is_error() && finding.webhook.as_deref() == Some(name);
+            self.findings.iter().filter(its).for_each(|finding| complain(&finding.to_string()));
+            return Err(Error::new(Kind::Config, format!("webhook `{name}`: its section has an error")));
+        }
+        let names: Vec<&str> = self.config.webhooks.iter().map(|webhook| webhook.name.as_str()).collect();
+        let hint = match keys::nearest_of(name, names.iter().copied(), 3) {
+            Some(near) => format!("did you mean `{near}`?"),
+            None if names.is_empty() => "[hookd.webhooks] lists none".to_owned(),
+            None => format!("there are `{}`", names.join("`, `")),
+        };
+        Err(Error::new(Kind::Config, format!("no webhook `{name}` is configured; {hint}")))
+    }
+}
