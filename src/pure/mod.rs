@@ -22,6 +22,7 @@ pub mod settled;
 pub mod signature;
 #[cfg(test)]
 mod simulation;
+pub mod snapshot;
 pub mod table;
 pub mod url;
 pub mod watermark;

@@ -4,6 +4,7 @@
 
 mod bad_input;
 mod cli;
+mod commands;
 mod configuring;
 mod couch;
 mod docs;
