@@ -17,7 +17,9 @@ mod run;
 mod secret;
 mod seek;
 mod signature;
+mod status;
 mod table;
+mod tail;
 mod watch;
 
 use clap::error::ErrorKind;
@@ -52,6 +54,10 @@ enum Command {
     Watch(watch::Arguments),
     /// Find everything that is wrong: configuration, server, rights, endpoints
     Check(check::Arguments),
+    /// Say how every webhook is; exit status 1 when one needs a person
+    Status(status::Arguments),
+    /// Show a webhook's attempts as they are made
+    Tail(tail::Arguments),
     /// Stop a webhook at its place
     Pause(pause::Pause),
     /// End a webhook's pause, whatever began it
@@ -86,6 +92,8 @@ pub fn main() -> u8 {
         Command::OsDaemon => run::os_daemon(),
         Command::Watch(arguments) => watch::run(arguments, out),
         Command::Check(arguments) => check::run(arguments, out),
+        Command::Status(arguments) => status::run(arguments, out),
+        Command::Tail(arguments) => tail::run(arguments, out),
         Command::Pause(arguments) => pause::pause(arguments, out),
         Command::Resume(arguments) => pause::resume(arguments, out),
         Command::Seek(arguments) => seek::run(arguments, out),

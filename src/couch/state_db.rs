@@ -314,6 +314,14 @@ fn key(server: &Server, state_db: &str) -> Result<StateKey> {
     })
 }
 
+/// The checkpoints' key; `None` when there is none yet. Makes nothing, for whoever only looks.
+///
+/// # Errors
+/// `NotFound` when the database is missing; else as [`ensure`].
+pub fn known_key(server: &Server, state_db: &str) -> Result<Option<StateKey>> {
+    read_key(server, state_db)
+}
+
 fn read_key(server: &Server, state_db: &str) -> Result<Option<StateKey>> {
     #[derive(Deserialize)]
     struct Document {

@@ -5,6 +5,8 @@
 mod bad_input;
 mod cli;
 mod commands;
+mod commands_letters;
+mod commands_look;
 mod configuring;
 mod couch;
 mod docs;
