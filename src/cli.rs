@@ -3,20 +3,25 @@
 //! Guarantees one line for whatever goes wrong, without secrets, and the exit status of DESIGN §3: 0 fine, 1 found
 //! a fault, 2 used wrongly. Each command has a file; only `out` writes to stdout (the daemon's modes never do).
 
+mod ask;
 mod check;
-#[allow(dead_code, reason = "the commands that use it follow")]
 mod common;
 mod completions;
+mod dead_letters;
 mod demo;
 mod explain;
 mod manual;
 mod out;
+mod pause;
+mod prompt;
 mod receive;
 mod run;
 mod secret;
+mod seek;
 mod signature;
-#[allow(dead_code, reason = "the commands that use it follow")]
+mod status;
 mod table;
+mod tail;
 mod test;
 mod watch;
 
@@ -52,6 +57,18 @@ enum Command {
     Watch(watch::Arguments),
     /// Find everything that is wrong: configuration, server, rights, endpoints
     Check(check::Arguments),
+    /// Say how every webhook is; exit status 1 when one needs a person
+    Status(status::Arguments),
+    /// Show a webhook's attempts as they are made
+    Tail(tail::Arguments),
+    /// Stop a webhook at its place
+    Pause(pause::Pause),
+    /// End a webhook's pause, whatever began it
+    Resume(pause::Resume),
+    /// Set a webhook to another place in its databases
+    Seek(seek::Arguments),
+    /// List, show, send again or delete what endpoints refused
+    DeadLetters(dead_letters::Arguments),
     /// Show the whole on a machine with nothing installed, with a kill -9 in the middle
     Demo(demo::Arguments),
     /// Receive webhooks, verify and print them
@@ -86,6 +103,12 @@ pub fn main() -> u8 {
         Command::OsDaemon => run::os_daemon(),
         Command::Watch(arguments) => watch::run(arguments, out),
         Command::Check(arguments) => check::run(arguments, out),
+        Command::Status(arguments) => status::run(arguments, out),
+        Command::Tail(arguments) => tail::run(arguments, out),
+        Command::Pause(arguments) => pause::pause(arguments, out),
+        Command::Resume(arguments) => pause::resume(arguments, out),
+        Command::Seek(arguments) => seek::run(arguments, out),
+        Command::DeadLetters(arguments) => dead_letters::run(arguments, out),
         Command::Demo(arguments) => demo::run(&arguments, out),
         Command::Receive(arguments) => receive::run(arguments, out),
         Command::Signature(arguments) => signature::run(arguments, out),

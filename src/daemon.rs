@@ -25,6 +25,7 @@ use crate::host::systemd::Systemd;
 use crate::pipeline::Shared;
 use crate::pipeline::checkpointer;
 use crate::pipeline::complaints::{Complaint, Outage};
+use crate::pipeline::desk::{Ask, Desk};
 use crate::pipeline::dispatcher::{Order, Running};
 use crate::pipeline::permits::Permits;
 use crate::pure::checkpoint::StateKey;
@@ -40,6 +41,8 @@ const OWN_END: (Duration, Duration) = (Duration::from_millis(3_500), Duration::f
 const TICK: Duration = Duration::from_millis(50);
 /// A webhook whose thread panicked starts again after this.
 const RESTART_AFTER: Duration = Duration::from_secs(5);
+/// Questions of the desk on their way.
+const ASKS_MAX: usize = 16;
 /// Between two tries to reach CouchDB.
 const CONNECT_AGAIN: [Duration; 5] = [
     Duration::from_millis(50),
@@ -93,6 +96,7 @@ pub fn run(start: Start) -> Result<u8> {
     loop {
         let answers = polled.clone().unwrap_or_else(never);
         let connected = daemon.connected();
+        let asked = daemon.asked.clone();
         select! {
             recv(host_closed) -> reason => {
                 say_closed(reason.ok().as_ref());
@@ -125,6 +129,7 @@ pub fn run(start: Start) -> Result<u8> {
                 Ok(facts) => daemon.on_connected(facts),
                 Err(_) => daemon.connect_again(),
             },
+            recv(asked) -> ask => ask.into_iter().for_each(|ask| daemon.on_ask(ask)),
             recv(ticker) -> _ => daemon.tick(),
             recv(alive) -> _ => systemd.alive(),
         }
@@ -178,6 +183,8 @@ struct Slot {
     next: Option<config::Webhook>,
     /// After a panic: starts again then.
     not_before: Option<Instant>,
+    /// Whoever waits for the end; told by being dropped.
+    waiting: Vec<Sender<()>>,
 }
 
 /// The connection that all webhooks of a configuration share.
@@ -188,6 +195,7 @@ struct Connection {
     outage: Arc<Outage>,
     facts: Receiver<Facts>,
     thread: Thread,
+    desk: Option<Desk>,
 }
 
 struct Daemon {
@@ -198,13 +206,19 @@ struct Daemon {
     connection: Option<Connection>,
     slots: BTreeMap<String, Slot>,
     checkpoints: checkpointer::CheckpointSender,
+    /// What the desk of the connection asks.
+    asks: Sender<Ask>,
+    asked: Receiver<Ask>,
     /// Threads of ended webhooks that hang in something; joined when they come back.
     left: Vec<Thread>,
 }
 
 impl Daemon {
     fn new(checkpoints: checkpointer::CheckpointSender) -> Daemon {
+        let (asks, asked) = bounded(ASKS_MAX);
         Daemon {
+            asks,
+            asked,
             config: None,
             settled: false,
             said: HashSet::new(),
@@ -305,7 +319,7 @@ impl Daemon {
             let (asked, state_db, said) = (server.clone(), hookd.state_db.clone(), Arc::clone(&outage));
             let thread = sys::spawn("connector", move || connect(&asked, &state_db, &said, &to))?;
             let hookd = Arc::new(hookd);
-            Ok(Connection { server, hookd, shared: None, outage, facts, thread })
+            Ok(Connection { server, hookd, shared: None, outage, facts, thread, desk: None })
         });
         match made {
             Ok(connection) => self.connection = Some(connection),
@@ -330,17 +344,16 @@ impl Daemon {
                 hookd.state_db
             );
         }
-        connection.shared = Some(Shared {
-            server: connection.server.clone(),
-            state_db: hookd.state_db.clone(),
-            key: facts.key,
-            source: public_source(hookd, connection.server.base_url(), facts.uuid.as_deref()),
-            permits: Arc::new(Permits::new(hookd.deliveries_max)),
-            checkpoints: self.checkpoints.clone(),
-            filtered_pages: Arc::default(),
+        let source = public_source(hookd, connection.server.base_url(), facts.uuid.as_deref());
+        let shared = Shared {
             outage: Arc::clone(&connection.outage),
-            hookd: Arc::clone(hookd),
-        });
+            ..shared(&connection.server, hookd, facts.key, source, self.checkpoints.clone())
+        };
+        match Desk::start(&shared, self.asks.clone()) {
+            Ok(desk) => connection.desk = Some(desk),
+            Err(error) => log::error!("commands cannot be obeyed: {error}"),
+        }
+        connection.shared = Some(shared);
         self.tick();
     }
 
@@ -359,6 +372,7 @@ impl Daemon {
         if connection.shared.is_none() {
             connection.server.stop();
         }
+        self.left.extend(connection.desk.into_iter().flat_map(|desk| desk.stop().0));
         self.left.push(connection.thread);
         for slot in self.slots.values_mut() {
             let next = slot.next.take().or_else(|| Some(slot.webhook.clone()));
@@ -375,9 +389,13 @@ impl Daemon {
             if slot.stopping && slot.running.as_ref().is_none_or(Running::is_ended) {
                 left.extend(slot.running.take().into_iter().flat_map(|running| running.join(sys::now())));
                 slot.stopping = false;
+                slot.waiting.clear();
                 match slot.next.take() {
                     Some(webhook) => slot.webhook = webhook,
-                    None => return false,
+                    None => {
+                        shared.inspect(|shared| shared.board.forget(name));
+                        return false;
+                    }
                 }
             }
             if !slot.stopping && slot.running.as_ref().is_some_and(Running::is_ended) {
@@ -402,9 +420,39 @@ impl Daemon {
         join(ended);
     }
 
+    /// What the desk wants to know, or have done.
+    fn on_ask(&mut self, ask: Ask) {
+        match ask {
+            Ask::Webhook(name, to) => {
+                let webhook = self.slots.get(&name).map(|slot| slot.webhook.clone());
+                // Nobody waits any more when the desk was stopped.
+                let _ = to.send(webhook);
+            }
+            Ask::Restart(name, to) => {
+                let Some(slot) = self.slots.get_mut(&name) else { return };
+                slot.waiting.push(to);
+                if !slot.stopping {
+                    slot.stop(Some(slot.webhook.clone()));
+                }
+                self.tick();
+            }
+            Ask::Order(name, order) => {
+                let running = self.slots.get(&name).and_then(|slot| slot.running.as_ref());
+                if !running.is_some_and(|running| running.order(order)) {
+                    log::debug!(
+                        "webhook `{name}` does not run; it reads what it is asked for when it starts"
+                    );
+                }
+            }
+        }
+    }
+
     /// Stops everything; takes no longer than both times together and a little.
     fn stop(mut self, deliveries: Duration, checkpoint: Duration) {
         let deadline: Instant = sys::now() + deliveries + checkpoint;
+        let desk = self.connection.as_mut().and_then(|connection| connection.desk.take()).map(Desk::stop);
+        // Whoever waits there for a webhook to end need not.
+        (_, self.asked) = bounded(1);
         for slot in self.slots.values() {
             if let Some(running) = &slot.running {
                 running.order(Order::Stop { deliveries, checkpoint });
@@ -412,6 +460,10 @@ impl Daemon {
         }
         for slot in std::mem::take(&mut self.slots).into_values() {
             self.left.extend(slot.running.into_iter().flat_map(|running| running.join(deadline)));
+        }
+        if let Some((threads, ended)) = desk {
+            let _ = ended.recv_deadline(deadline);
+            self.left.extend(threads);
         }
         if let Some(connection) = self.connection.take() {
             connection.server.stop();
@@ -425,7 +477,7 @@ impl Daemon {
 
 impl Slot {
     fn new(webhook: config::Webhook) -> Slot {
-        Slot { running: None, webhook, stopping: false, next: None, not_before: None }
+        Slot { running: None, webhook, stopping: false, next: None, not_before: None, waiting: Vec::new() }
     }
 
     /// Tells what runs to stop, to be followed by `next`.
@@ -435,6 +487,28 @@ impl Slot {
         }
         self.stopping = true;
         self.next = next;
+    }
+}
+
+/// What webhooks share, at this server.
+pub(crate) fn shared(
+    server: &Server,
+    hookd: &Arc<Hookd>,
+    key: StateKey,
+    source: String,
+    checkpoints: checkpointer::CheckpointSender,
+) -> Shared {
+    Shared {
+        server: server.clone(),
+        state_db: hookd.state_db.clone(),
+        key,
+        source,
+        permits: Arc::new(Permits::new(hookd.deliveries_max)),
+        checkpoints,
+        filtered_pages: Arc::default(),
+        outage: Arc::new(Outage::new(server.base_url())),
+        board: Arc::default(),
+        hookd: Arc::clone(hookd),
     }
 }
 

@@ -42,6 +42,19 @@ pub fn random_bytes<const N: usize>() -> [u8; N] {
     bytes
 }
 
+/// Name of this machine; `localhost` when it has none.
+pub fn host_name() -> String {
+    let name = nix::unistd::gethostname().ok().and_then(|name| name.into_string().ok());
+    name.filter(|name| !name.is_empty()).unwrap_or_else(|| "localhost".to_owned())
+}
+
+/// Whether a process of this id exists on this machine, ours to see or not.
+pub fn is_process(pid: u32) -> bool {
+    let Ok(pid) = i32::try_from(pid) else { return false };
+    let asked = nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid), None);
+    asked != Err(nix::errno::Errno::ESRCH)
+}
+
 /// A running thread. Dropping it without [`Thread::join`] is a mistake.
 #[must_use = "whoever spawns, joins"]
 #[derive(Debug)]

@@ -4,15 +4,17 @@
 //! faults are said in one line each on stderr; and that nothing is sent before a command asks for it.
 
 use std::collections::BTreeSet;
+use std::time::Duration;
 
 use crate::cli::out::complain;
 use crate::cli::run::{Source, where_to_ask};
 use crate::config::finding::{Finding, Origin, Raw};
 use crate::config::source::{self, Overrides, Sources};
-use crate::config::{self, Config, Webhook, keys};
+use crate::config::{self, Config, Webhook, keys, values};
 use crate::couch::client::Server;
 use crate::couch::node_config::NodeConfig;
 use crate::error::{Context, Error, Kind, Result};
+use crate::sys;
 
 /// A configuration that can be used, and the server it is for.
 pub(crate) struct Setup {
@@ -75,5 +77,61 @@ impl Setup {
             None => format!("there are `{}`", names.join("`, `")),
         };
         Err(Error::new(Kind::Config, format!("no webhook `{name}` is configured; {hint}")))
+    }
+}
+
+/// How long ago a time was, for people: `12 s`, `4 m`, `3 h`, `2 d`.
+pub(crate) fn age(at: jiff::Timestamp) -> String {
+    span(sys::wall().duration_since(at).as_secs())
+}
+
+/// How long it is until a time: as [`age`].
+pub(crate) fn until(at: jiff::Timestamp) -> String {
+    span(at.duration_since(sys::wall()).as_secs())
+}
+
+fn span(seconds: i64) -> String {
+    match seconds.max(0) {
+        seconds @ 0..120 => format!("{seconds} s"),
+        seconds @ 120..7_200 => format!("{} m", seconds / 60),
+        seconds @ 7_200..172_800 => format!("{} h", seconds / 3_600),
+        seconds => format!("{} d", seconds / 86_400),
+    }
+}
+
+/// A time as people give it: so long ago (`2h`, `30m`), or a time such as `2026-11-21T20:00:00Z`.
+///
+/// # Errors
+/// `Config` with what was expected.
+pub(crate) fn parse_since(text: &str) -> Result<jiff::Timestamp> {
+    const LONGEST: Duration = Duration::from_secs(10 * 365 * 24 * 3600);
+    if let Ok(ago) = values::duration(text, Duration::ZERO, LONGEST) {
+        return Ok(sys::wall() - ago);
+    }
+    text.parse().map_err(|_| {
+        let found = "expected how long ago (`2h`, `30m`) or a time such as `2026-11-21T20:00:00Z`";
+        Error::new(Kind::Config, format!("--since: {found}, got `{}`", values::shown(text)))
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn times_are_said_in_one_unit() {
+        for (seconds, expected) in
+            [(-5, "0 s"), (0, "0 s"), (119, "119 s"), (120, "2 m"), (7_200, "2 h"), (172_800, "2 d")]
+        {
+            assert_eq!(span(seconds), expected);
+        }
+    }
+
+    #[test]
+    fn times_are_read_as_people_give_them() {
+        assert_eq!(parse_since("2026-11-21T20:00:00Z").unwrap().to_string(), "2026-11-21T20:00:00Z");
+        let ago = sys::wall().duration_since(parse_since("2h").unwrap()).as_secs();
+        assert!((7_100..7_300).contains(&ago), "{ago}");
+        assert!(parse_since("yesterday").unwrap_err().to_string().contains("`2h`"));
     }
 }

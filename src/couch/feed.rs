@@ -13,6 +13,7 @@ use serde_json::value::RawValue;
 
 use crate::config;
 use crate::couch::client::{Cutter, Generation, Limits, Line, Server, db_path, encoded};
+use crate::couch::refusal::from_json;
 use crate::error::{Context, Error, Kind, Result};
 use crate::pure::changes::{Item, Parser, Shape};
 use crate::pure::seq::Seq;
@@ -284,6 +285,62 @@ pub fn resolve_now(server: &Server, db: &str, generation: Generation) -> Result<
     match page.results.is_empty() {
         true => Seq::from_json(page.last_seq.get()).ok_or_else(|| malformed("last_seq")),
         false => Ok(before),
+    }
+}
+
+/// How many changes lie behind a place: exact where CouchDB says what is pending, else counted page by page, up to
+/// `max` (then it is "at least").
+///
+/// # Errors
+/// As [`Server::get_json`].
+pub fn count_after(
+    server: &Server,
+    db: &str,
+    since: &Seq,
+    filter: Option<&config::Filter>,
+    max: u64,
+) -> Result<u64> {
+    #[derive(Deserialize)]
+    struct Page {
+        results: Vec<Row>,
+        pending: Option<u64>,
+    }
+    #[derive(Deserialize)]
+    struct Row {
+        seq: Option<Box<RawValue>>,
+    }
+    const ROWS: u64 = 10_000;
+    let (mut n_changes, mut since) = (0, since.clone());
+    loop {
+        // `pending` does not know of filters (CONTRACT §6): with one every row is counted.
+        let limit = if filter.is_some() { ROWS } else { 1 };
+        let limit = if n_changes == 0 { limit } else { ROWS }.min(max.saturating_sub(n_changes).max(1));
+        let request = FeedRequest {
+            db: db.to_owned(),
+            since: since.clone(),
+            kind: FeedKind::Page { limit: u32::try_from(limit).unwrap_or(u32::MAX) },
+            filter: filter.cloned(),
+            include_docs: false,
+            conflicts: false,
+            doc_bytes_max: 0,
+            keeps_lines: false,
+            silence: None,
+            deadline: None,
+        };
+        let (path, body) = target(&request);
+        let method = if body.is_some() { Method::POST } else { Method::GET };
+        let reply = server.request(&method, &path, body.as_deref(), &[])?;
+        let page: Page = from_json(&reply.body).context(|| format!("database `{db}`, its changes"))?;
+        n_changes += page.results.len() as u64;
+        if let (Some(pending), None) = (page.pending, filter) {
+            return Ok(n_changes + pending);
+        }
+        let full = page.results.len() as u64 >= limit;
+        let last = page.results.iter().rev().find_map(|row| row.seq.as_ref());
+        match last.and_then(|seq| Seq::from_json(seq.get())) {
+            Some(last) if full && n_changes < max => since = last,
+            _ => return Ok(n_changes),
+        }
     }
 }
 

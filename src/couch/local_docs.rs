@@ -14,7 +14,7 @@ use crate::couch::client::{Generation, Limits, Reply, Server, Written, db_path};
 use crate::couch::refusal::from_json;
 use crate::couch::state_db::FULL_COMMIT;
 use crate::error::{Context, Error, Kind, Result};
-use crate::pure::checkpoint::{CHECKPOINT_BYTES_MAX, Checkpoint, Mark, StateKey, checkpoint_id};
+use crate::pure::checkpoint::{CHECKPOINT_BYTES_MAX, Checkpoint, Mark, Seek, StateKey, checkpoint_id};
 use crate::pure::seq::Seq;
 use crate::sys;
 
@@ -68,10 +68,11 @@ struct StoredMark {
 
 /// Reads mark and checkpoint, as before every opening of a feed; writes a mark where none is.
 ///
-/// `known_mark` is what the webhook's record or memory says; `pause` sleeps, and may return early.
+/// `known_mark` and `seek` are what the webhook's record or memory says; `pause` sleeps, and may return early.
 ///
 /// # Errors
 /// `NotFound` when the database does not exist; else as [`Server::request`].
+#[expect(clippy::too_many_arguments, reason = "what is known of a database, from three places")]
 pub fn open(
     server: &Server,
     generation: Generation,
@@ -79,6 +80,7 @@ pub fn open(
     webhook: &str,
     key: &StateKey,
     known_mark: Option<&Mark>,
+    seek: Option<&Seek>,
     pause: &dyn Fn(Duration),
 ) -> Result<Opened> {
     let info: Info = server.get_json(&db_path(db, &[]))?;
@@ -96,7 +98,7 @@ pub fn open(
     };
     let mut opened = Opened {
         mark,
-        checkpoint: read.checkpoint.filter(|checkpoint| checkpoint.mark == mark),
+        checkpoint: behind_seek(read.checkpoint.filter(|checkpoint| checkpoint.mark == mark), seek, mark),
         checkpoint_rev: read.rev,
         recreated,
         not_believed: read.not_believed,
@@ -112,6 +114,39 @@ pub fn open(
         opened.rolled_back = true;
     }
     Ok(opened)
+}
+
+/// The position that counts: of a checkpoint that knows of the last seek, else the seek's own.
+fn behind_seek(checkpoint: Option<Checkpoint>, seek: Option<&Seek>, mark: Mark) -> Option<Checkpoint> {
+    let Some(seek) = seek.filter(|seek| seek.mark == mark) else { return checkpoint };
+    let knows = |checkpoint: &Checkpoint| checkpoint.seek.as_deref() == Some(seek.request.as_str());
+    checkpoint.filter(knows).or_else(|| {
+        Some(Checkpoint {
+            through_seq: seek.through_seq(),
+            mark,
+            delivered: Vec::new(),
+            time: sys::wall(),
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            seek: Some(seek.request.clone()),
+        })
+    })
+}
+
+/// The position of a webhook in a database as it is stored, without writing anything; `None` when there is none
+/// that holds.
+///
+/// # Errors
+/// As [`open`].
+pub fn position(
+    server: &Server,
+    db: &str,
+    webhook: &str,
+    key: &StateKey,
+    seek: Option<&Seek>,
+) -> Result<Option<Checkpoint>> {
+    let Some(mark) = read_mark(server, db)?.and_then(|stored| stored.mark) else { return Ok(None) };
+    let checkpoint = read_checkpoint(server, db, webhook, key)?.checkpoint;
+    Ok(behind_seek(checkpoint.filter(|checkpoint| checkpoint.mark == mark), seek, mark))
 }
 
 /// Whether the database still bears `mark`, and on 1.x (`life` given) its server was not started again since.
@@ -406,7 +441,7 @@ mod tests {
                 assert_eq!(time, Duration::from_secs(1));
                 self.n_pauses.set(self.n_pauses.get() + 1);
             };
-            open(&self.server, self.generation, "db", "shop", &key(), known.as_ref(), &pause)
+            open(&self.server, self.generation, "db", "shop", &key(), known.as_ref(), None, &pause)
         }
 
         fn open(&self) -> Opened {
@@ -420,6 +455,7 @@ mod tests {
                 delivered: vec![DeliveredId(1)],
                 time: "2026-11-21T20:46:41Z".parse().unwrap(),
                 version: "0.1.0".to_owned(),
+                seek: None,
             };
             write_checkpoint(&self.server, "db", "shop", &key(), &checkpoint, rev)
         }
@@ -634,6 +670,50 @@ mod tests {
             let opened = world.open();
             assert_eq!(world.stored(MARK)["mark"], opened.mark.to_string());
             assert!(!world.open_knowing(Some(opened.mark)).unwrap().recreated);
+        });
+    }
+
+    #[test]
+    fn nothing_written_before_a_seek_counts_after_it() {
+        each_generation(|world| {
+            let mark = world.open().mark;
+            let seek = |request: &str, mark: Mark, seq: Value| Seek {
+                request: request.to_owned(),
+                mark,
+                through_seq: seq,
+            };
+            let open = |seek: &Seek| {
+                let (server, pause) = (&world.server, |_: Duration| {});
+                let opened =
+                    open(server, world.generation, "db", "shop", &key(), Some(&mark), Some(seek), &pause);
+                opened.unwrap()
+            };
+            let through = |opened: &Opened| opened.checkpoint.as_ref().map(|c| c.through_seq.to_string());
+            // Without any checkpoint, and over one that is further: the place is the seek's.
+            let first = seek("request:1", mark, json!(3));
+            assert_eq!(through(&open(&first)).as_deref(), Some("3"));
+            let rev = world.write(mark, "8", None).unwrap();
+            let opened = open(&first);
+            assert_eq!(through(&opened).as_deref(), Some("3"), "a late one of before does not count");
+            assert!(opened.checkpoint.unwrap().delivered.is_empty());
+            assert_eq!(opened.checkpoint_rev, Some(rev.clone()));
+            // One that names it counts, until the next seek.
+            let behind = Checkpoint {
+                through_seq: Seq::from_json("5").unwrap(),
+                mark,
+                delivered: Vec::new(),
+                time: sys::wall(),
+                version: "0".to_owned(),
+                seek: Some("request:1".to_owned()),
+            };
+            write_checkpoint(&world.server, "db", "shop", &key(), &behind, Some(&rev)).unwrap();
+            assert_eq!(through(&open(&first)).as_deref(), Some("5"));
+            assert_eq!(through(&open(&seek("request:2", mark, json!(0)))).as_deref(), Some("0"));
+            // A place in another life of the database is none.
+            let other = seek("request:2", Mark::new([9; 16]), json!(0));
+            assert_eq!(through(&open(&other)).as_deref(), Some("5"));
+            let position = position(&world.server, "db", "shop", &key(), Some(&first)).unwrap();
+            assert_eq!(position.unwrap().through_seq.to_string(), "5");
         });
     }
 

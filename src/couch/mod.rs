@@ -1,11 +1,14 @@
 //! CouchDB from the outside: requests, changes feeds, `_local` documents, and our own database.
 
+pub mod alive;
 pub mod client;
 pub mod feed;
 mod gate;
+pub mod letters;
 pub mod local_docs;
 pub mod node_config;
 pub mod refusal;
+pub mod requests;
 #[cfg(test)]
 mod scripted;
 pub mod state_db;

@@ -14,7 +14,7 @@ use serde_json::{Map, Value, json};
 use crate::couch::client::{Reply, Server, Written, db_path, encoded};
 use crate::couch::refusal::from_json;
 use crate::error::{Context, Error, Kind, Result};
-use crate::pure::checkpoint::{Mark, StateKey};
+use crate::pure::checkpoint::{Mark, Seek, StateKey};
 use crate::sys;
 
 /// `_id` of the document with the key.
@@ -64,9 +64,48 @@ pub struct WebhookRecord {
     /// Why.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub paused_reason: Option<String>,
+    /// Who paused it, when a command did.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub paused_by: Option<String>,
+    /// Dead letters that lay there when it was resumed although they were too many: so many more may come.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub letters_accepted: u64,
+    /// Where commands have set it, by database.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub seeks: BTreeMap<String, Seek>,
+    /// Requests whose effect is in this record, oldest first; the last 50.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub requests_done: Vec<String>,
     /// Members this version does not know; written back as they are.
     #[serde(flatten)]
     pub other: Map<String, Value>,
+}
+
+fn is_zero(n: &u64) -> bool {
+    *n == 0
+}
+
+/// Requests that a record remembers to have done; more are never open at a time.
+const REQUESTS_DONE_MAX: usize = 50;
+
+impl WebhookRecord {
+    /// Whether the effect of a request is in it.
+    pub fn has_done(&self, request: &str) -> bool {
+        self.requests_done.iter().any(|done| done == request)
+    }
+
+    /// Notes that it is.
+    pub fn note_done(&mut self, request: &str) {
+        self.requests_done.push(request.to_owned());
+        let n_over = self.requests_done.len().saturating_sub(REQUESTS_DONE_MAX);
+        self.requests_done.drain(..n_over);
+    }
+
+    /// Ends whatever pause there is.
+    pub fn end_pause(&mut self) {
+        (self.gone_since, self.gone_reason) = (None, None);
+        (self.paused_since, self.paused_reason, self.paused_by) = (None, None, None);
+    }
 }
 
 /// An event given up, by reference: the document is where it was. `_id` is the `webhook-id`.
@@ -119,6 +158,17 @@ pub enum DeadLetterClass {
     Suspect,
     /// With `concurrency = 1`: it held up all others for `give_up_after`.
     GivenUp,
+}
+
+impl DeadLetterClass {
+    /// The word in the stored document.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            DeadLetterClass::Refused => "refused",
+            DeadLetterClass::Suspect => "suspect",
+            DeadLetterClass::GivenUp => "given_up",
+        }
+    }
 }
 
 /// Makes the database if it is missing, closes it to strangers, and gives the checkpoints' key, made once.
@@ -264,6 +314,14 @@ fn key(server: &Server, state_db: &str) -> Result<StateKey> {
     })
 }
 
+/// The checkpoints' key; `None` when there is none yet. Makes nothing, for whoever only looks.
+///
+/// # Errors
+/// `NotFound` when the database is missing; else as [`ensure`].
+pub fn known_key(server: &Server, state_db: &str) -> Result<Option<StateKey>> {
+    read_key(server, state_db)
+}
+
 fn read_key(server: &Server, state_db: &str) -> Result<Option<StateKey>> {
     #[derive(Deserialize)]
     struct Document {
@@ -285,7 +343,7 @@ fn read_key(server: &Server, state_db: &str) -> Result<Option<StateKey>> {
 }
 
 /// `None` for 404.
-fn found(reply: Result<Reply>) -> Result<Option<Vec<u8>>> {
+pub(crate) fn found(reply: Result<Reply>) -> Result<Option<Vec<u8>>> {
     match reply {
         Ok(reply) => Ok(Some(reply.body)),
         Err(error) if error.kind() == Kind::NotFound => Ok(None),

@@ -10,6 +10,7 @@ use std::time::Duration;
 use crate::config::{self, Since};
 use crate::couch::feed;
 use crate::couch::local_docs;
+use crate::couch::requests::{self, Command, Progress, Request};
 use crate::couch::state_db::{self, DeadLetterClass, WebhookRecord};
 use crate::error::{Context, Kind, Result};
 use crate::pipeline::Shared;
@@ -30,6 +31,10 @@ pub struct Active {
     pub suspects: Vec<(FlowIndex, SuspectLetter)>,
     /// Dead letters that are stored, counted up to the limit.
     pub n_letters: u64,
+    /// More of them pause the webhook.
+    pub letters_max: u64,
+    /// Requests to send letters again that are not done.
+    pub replays: Vec<Request>,
 }
 
 /// Whether this webhook was active before with the same configuration.
@@ -50,17 +55,19 @@ pub fn activate(shared: &Shared, webhook: &config::Webhook) -> Result<Active> {
     let stored = state_db::read_record(server, state_db, &webhook.name)?;
     let first = stored.as_ref().is_none_or(|record| record.activated_at.is_none());
     let databases = if first { first_start(shared, webhook)? } else { BTreeMap::new() };
-    let record = change_record(shared, &webhook.name, |record| {
+    let record = change_record(server, state_db, &webhook.name, |record| {
         if record.activated_at.is_none() {
             record.activated_at = Some(sys::wall());
             record.databases = databases.clone();
             record.since = Some(since_text(&webhook.since).to_owned());
         }
         if record.fingerprint != webhook.fingerprint {
-            // A changed section is how an operator says that the endpoint is another one now.
+            // A changed section is how an operator says that the endpoint is another one now. One that was paused
+            // by a command before it ever ran has none yet.
+            if !record.fingerprint.is_empty() {
+                record.end_pause();
+            }
             record.fingerprint = webhook.fingerprint.clone();
-            (record.gone_since, record.gone_reason) = (None, None);
-            (record.paused_since, record.paused_reason) = (None, None);
         }
     })
     .context(|| "failed to write the webhook's record".to_owned())?;
@@ -72,9 +79,25 @@ pub fn activate(shared: &Shared, webhook: &config::Webhook) -> Result<Active> {
         Some((flow, SuspectLetter { id: WebhookId::parse(&letter.id)?, doc_id: letter.doc_id }))
     });
     let suspects = suspects.collect();
-    let n_letters =
-        state_db::count_dead_letters(server, state_db, &webhook.name, shared.hookd.dead_letters_max + 1)?;
-    Ok(Active { record, first, suspects, n_letters })
+    // Whoever resumes a webhook with too many takes so many more.
+    let letters_max = shared.hookd.dead_letters_max + record.letters_accepted;
+    let n_letters = state_db::count_dead_letters(server, state_db, &webhook.name, letters_max + 1)?;
+    let mut replays = requests::list(server, state_db).context(|| "failed to list requests".to_owned())?;
+    replays.retain(|request| {
+        let ours = request.webhook == webhook.name && request.command == Command::Replay;
+        ours && request.state == Progress::Open
+    });
+    Ok(Active { record, first, suspects, n_letters, letters_max, replays })
+}
+
+/// What only sends letters again starts with; changes nothing.
+///
+/// # Errors
+/// As reading the record.
+pub fn for_replays(shared: &Shared, webhook: &config::Webhook) -> Result<Active> {
+    let record = state_db::read_record(&shared.server, &shared.state_db, &webhook.name)?.unwrap_or_default();
+    let (suspects, replays) = (Vec::new(), Vec::new());
+    Ok(Active { record, first: false, suspects, n_letters: 0, letters_max: u64::MAX, replays })
 }
 
 /// Gives every database that exists its mark and, for `now`, its first checkpoint.
@@ -84,7 +107,7 @@ fn first_start(shared: &Shared, webhook: &config::Webhook) -> Result<BTreeMap<St
     let mut databases = BTreeMap::new();
     let no_pause = |_: Duration| {};
     for db in &webhook.db {
-        let opened = local_docs::open(server, generation, db, &webhook.name, key, None, &no_pause);
+        let opened = local_docs::open(server, generation, db, &webhook.name, key, None, None, &no_pause);
         let opened = match opened {
             // Not there yet: read from its beginning when it appears.
             Err(error) if error.kind() == Kind::NotFound => continue,
@@ -102,6 +125,7 @@ fn first_start(shared: &Shared, webhook: &config::Webhook) -> Result<BTreeMap<St
                 delivered: Vec::new(),
                 time: sys::wall(),
                 version: env!("CARGO_PKG_VERSION").to_owned(),
+                seek: None,
             };
             local_docs::write_checkpoint(server, db, &webhook.name, key, &checkpoint, None)
                 .context(|| format!("database `{db}`: failed to write the first checkpoint"))?;

@@ -36,6 +36,8 @@ pub struct Job {
     pub key: StateKey,
     /// What it says.
     pub position: Position,
+    /// The last seek that the position is behind.
+    pub seek: Option<String>,
     /// 1.x: `instance_start_time` when the feed was opened.
     pub life: Option<String>,
     /// Not paced, and not waited for longer than this: the process is ending.
@@ -101,6 +103,7 @@ fn store(job: &Job) -> Result<String> {
         delivered: job.position.delivered.iter().map(|short| DeliveredId(*short)).collect(),
         time: sys::wall(),
         version: env!("CARGO_PKG_VERSION").to_owned(),
+        seek: job.seek.clone(),
     };
     let rev = job.position.rev.as_deref();
     match write(job, &checkpoint, rev) {

@@ -13,6 +13,7 @@ use std::time::{Duration, Instant};
 use crossbeam_channel::{Receiver, Sender, bounded, never, select_biased};
 
 use crate::config;
+use crate::couch::requests::Request;
 use crate::couch::state_db::{DeadLetter, DeadLetterClass};
 use crate::error::{Kind, Result};
 use crate::pipeline::Shared;
@@ -20,6 +21,8 @@ use crate::pipeline::activation::{self, Active};
 use crate::pipeline::checkpointer::{self, Stored};
 use crate::pipeline::complaints::{Complaint, Outage};
 use crate::pipeline::feed_reader::{Fed, Reader};
+use crate::pipeline::replay::Replays;
+use crate::pipeline::report::{InFlight, Report, Shown};
 use crate::pipeline::store::{Change, Errand, Errant, Store};
 use crate::pipeline::webhook::{Answer, Endpoint, Job};
 use crate::pipeline::workers::Workers;
@@ -28,6 +31,7 @@ use crate::pure::dispatch::{Action, Attempt, Dispatch, FlowIndex, Notice};
 use crate::pure::endpoint::{self, DownReason, LetterClass, Moment, Outcome, Settings};
 use crate::pure::flow::{self, Flow, Read};
 use crate::pure::message::{Telling, WebhookId};
+use crate::pure::snapshot::State;
 use crate::pure::table::Table;
 use crate::pure::url;
 use crate::sys::{self, Thread};
@@ -41,14 +45,20 @@ const UNFILTERED_ROTATE: u32 = 2;
 /// Between two tries to activate a webhook.
 const ACTIVATE_AGAIN: [Duration; 4] =
     [Duration::from_millis(100), Duration::from_millis(500), Duration::from_secs(2), Duration::from_secs(5)];
+/// Orders on their way; a request that finds no room is handed in again.
+const ORDERS_MAX: usize = 16;
 /// Failures remembered for dead letters; more than can be unfinished are forgotten all at once.
 const FAILURES_MAX: usize = 2 * endpoint::WINDOW_EVENTS;
 
 /// What a running webhook can be told.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug)]
 pub enum Order {
     /// Its configuration has settled: it may start for the first time.
     Confirm,
+    /// Send dead letters again.
+    Replay(Box<Request>),
+    /// These dead letters are gone.
+    Discarded(Vec<WebhookId>),
     /// No new deliveries; `deliveries` for those in flight, then `checkpoint` for one last checkpoint.
     Stop {
         /// For what is in flight.
@@ -71,19 +81,38 @@ impl Running {
     /// # Errors
     /// `Io` when no thread can be started.
     pub fn start(shared: &Shared, webhook: config::Webhook, confirmed: bool) -> Result<Running> {
-        let (orders, ordered) = bounded(4);
+        Running::start_with(shared, webhook, move |shared, webhook, orders| {
+            run(shared, webhook, confirmed, orders)
+        })
+    }
+
+    /// Starts only what sends letters again, for a command when no daemon runs: nothing is read, nothing is
+    /// written but what comes of the letters.
+    ///
+    /// # Errors
+    /// `Io` when no thread can be started.
+    pub fn start_replays(shared: &Shared, webhook: config::Webhook) -> Result<Running> {
+        Running::start_with(shared, webhook, run_replays)
+    }
+
+    fn start_with(
+        shared: &Shared,
+        webhook: config::Webhook,
+        run: impl FnOnce(&Shared, &config::Webhook, &Receiver<Order>) -> Vec<Thread> + Send + 'static,
+    ) -> Result<Running> {
+        let (orders, ordered) = bounded(ORDERS_MAX);
         let (end, ended) = bounded(1);
         let shared = shared.clone();
         let thread = sys::spawn(&format!("webhook:{}", webhook.name), move || {
-            let left = run(&shared, &webhook, confirmed, &ordered);
+            let left = run(&shared, &webhook, &ordered);
             let _ = end.send(left);
         })?;
         Ok(Running { orders, ended, thread })
     }
 
-    /// Tells it something; never waits.
-    pub fn order(&self, order: Order) {
-        let _ = self.orders.try_send(order);
+    /// Tells it something; never waits. Whether there was room.
+    pub fn order(&self, order: Order) -> bool {
+        self.orders.try_send(order).is_ok()
     }
 
     /// Whether it has ended, so that `join` does not wait.
@@ -103,7 +132,22 @@ impl Running {
     }
 }
 
+fn run_replays(shared: &Shared, webhook: &config::Webhook, orders: &Receiver<Order>) -> Vec<Thread> {
+    let active = activation::for_replays(shared, webhook);
+    match active.and_then(|active| Dispatcher::start(shared, webhook, active)) {
+        Ok(mut dispatcher) => {
+            dispatcher.dispatch.only_replays();
+            dispatcher.run(orders)
+        }
+        Err(error) => {
+            log::error!("webhook `{}` cannot run: {error}", webhook.name);
+            Vec::new()
+        }
+    }
+}
+
 fn run(shared: &Shared, webhook: &config::Webhook, confirmed: bool, orders: &Receiver<Order>) -> Vec<Thread> {
+    shared.board.post_state(&webhook.name, State::Starting, sys::wall(), None);
     let Some(active) = activate(shared, webhook, confirmed, orders) else { return Vec::new() };
     if say_start(shared, webhook, &active) {
         match Dispatcher::start(shared, webhook, active) {
@@ -152,6 +196,8 @@ fn activate(
         match order {
             Some(Order::Stop { .. }) => return None,
             Some(Order::Confirm) => confirmed = true,
+            // Read anew, once it is active.
+            Some(Order::Replay(_) | Order::Discarded(_)) => {}
             None if pause.is_none() => return None,
             None => {}
         }
@@ -164,26 +210,40 @@ fn say_start(shared: &Shared, webhook: &config::Webhook, active: &Active) -> boo
     let databases = webhook.db.join("`, `");
     if let Some(since) = active.record.gone_since {
         log::error!(
-            "webhook `{name}` is paused for good: its endpoint said 410 at {since}; a change of its section ends that"
+            "webhook `{name}` is paused for good: its endpoint said 410 at {since}; `couch-hookd resume {name}` or a \
+             change of its section ends that"
         );
+        let why = active.record.gone_reason.clone();
+        shared.board.post_state(name, State::Gone, since, why);
         return false;
     }
     if let Some(since) = active.record.paused_since {
         let reason = active.record.paused_reason.as_deref().unwrap_or("no reason was kept");
-        log::error!("webhook `{name}` is paused since {since} ({reason}); a change of its section ends that");
+        let text = format!(
+            "webhook `{name}` is paused since {since} ({reason}); `couch-hookd resume {name}` or a change of its section \
+             ends that"
+        );
+        match active.record.paused_by {
+            Some(_) => log::info!("{text}"),
+            None => log::error!("{text}"),
+        }
+        shared.board.post_state(name, State::Paused, since, Some(reason.to_owned()));
         return false;
     }
     if webhook.paused {
         log::info!("webhook `{name}` is paused by its configuration");
+        shared.board.post_state(name, State::Paused, sys::wall(), Some("by its configuration".to_owned()));
         return false;
     }
-    if active.n_letters > shared.hookd.dead_letters_max {
+    if active.n_letters > active.letters_max {
         log::error!(
-            "webhook `{name}` is paused: more than {} dead letters of it lie in `{}`; delete them, or raise \
-             dead_letters_max",
-            shared.hookd.dead_letters_max,
+            "webhook `{name}` is paused: more than {} dead letters of it lie in `{}`; discard them, raise \
+             dead_letters_max, or let it go on with `couch-hookd resume {name}`",
+            active.letters_max,
             shared.state_db
         );
+        let why = format!("more than {} dead letters", active.letters_max);
+        shared.board.post_state(name, State::Paused, sys::wall(), Some(why));
         return false;
     }
     if active.first {
@@ -221,11 +281,13 @@ struct Dispatcher<'a> {
     dispatch: Dispatch,
     marks: Vec<Option<Mark>>,
     lives: Vec<Option<String>>,
+    /// The last seek of each database, which its checkpoints name.
+    seeks: Vec<Option<String>>,
     readers: Vec<Reader>,
     store: Store,
     endpoint: Arc<Endpoint>,
     workers: Workers<Job>,
-    in_flight: Table<u64, (WebhookId, jiff::Timestamp)>,
+    in_flight: Table<u64, InFlight>,
     failures: HashMap<WebhookId, Failure>,
     /// Why the last attempt without an answer got none.
     no_answer: String,
@@ -233,6 +295,9 @@ struct Dispatcher<'a> {
     /// Answers cut off since a request last ended as it should.
     n_cuts: Vec<u32>,
     n_letters: u64,
+    letters_max: u64,
+    replays: Replays,
+    report: Report,
     bytes: usize,
     stop: Option<Stopping>,
     channels: Channels,
@@ -279,13 +344,24 @@ impl<'a> Dispatcher<'a> {
         let mut dispatch = Dispatch::new(settings(webhook), flows.collect(), sys::now());
         dispatch.restore_suspects(active.suspects, sys::now());
         let readers = tellings.iter().enumerate().map(|(flow, telling)| {
-            Reader::start(shared, webhook, telling.clone(), flow, channels.fed.0.clone())
+            let seek = active.record.seeks.get(&telling.db).cloned();
+            Reader::start(shared, webhook, telling.clone(), seek, flow, channels.fed.0.clone())
         });
         let readers = readers.collect::<Result<_>>()?;
         let store = Store::start(shared, webhook, tellings.clone(), channels.errants.0.clone())?;
         let tellings = Arc::new(tellings);
         let workers = workers(shared, webhook, &endpoint, &tellings, channels.done.0.clone());
+        let mut replays = Replays::default();
+        active.replays.into_iter().for_each(|request| replays.ask(request));
         Ok(Dispatcher {
+            replays,
+            report: Report::new(n),
+            letters_max: active.letters_max,
+            seeks: webhook
+                .db
+                .iter()
+                .map(|db| active.record.seeks.get(db).map(|seek| seek.request.clone()))
+                .collect(),
             marks: webhook.db.iter().map(|db| active.record.databases.get(db).copied()).collect(),
             lives: vec![None; n],
             complaints: (0..n).map(|_| Complaint::default()).collect(),
@@ -318,7 +394,11 @@ impl<'a> Dispatcher<'a> {
             for action in actions.drain(..) {
                 self.act(action, now);
             }
+            if !self.replays.is_empty() && self.go_on_replaying(now) {
+                continue;
+            }
             self.count_bytes();
+            self.report(now);
             if self.is_over(now) {
                 return self.end();
             }
@@ -368,7 +448,10 @@ impl<'a> Dispatcher<'a> {
                 let next = if stop.cut { stop.until } else { stop.deliveries_until };
                 Some(deadline.map_or(next, |deadline| deadline.min(next)))
             }
-            (deadline, None) => deadline,
+            (deadline, None) => {
+                let others = self.replays.next_deadline().into_iter().chain(self.report.next_deadline());
+                others.chain(deadline).min()
+            }
         };
         let timer = match deadline {
             Some(deadline) => crossbeam_channel::at(deadline),
@@ -388,7 +471,12 @@ impl<'a> Dispatcher<'a> {
     // --- Inputs ------------------------------------------------------------------------------------------
 
     fn on_order(&mut self, order: Order) {
-        let Order::Stop { deliveries, checkpoint } = order else { return };
+        let (deliveries, checkpoint) = match order {
+            Order::Stop { deliveries, checkpoint } => (deliveries, checkpoint),
+            Order::Replay(request) => return self.replays.ask(*request),
+            Order::Discarded(letters) => return self.on_discarded(&letters),
+            Order::Confirm => return,
+        };
         if self.stop.is_some() {
             return;
         }
@@ -402,13 +490,18 @@ impl<'a> Dispatcher<'a> {
 
     fn on_done(&mut self, Done { token, answer }: Done) {
         let now = sys::now();
-        let Some((id, started)) = self.in_flight.remove(&token) else { return };
+        let Some(InFlight { id, started, shown }) = self.in_flight.remove(&token) else { return };
+        let is_delivered = self.dispatch.endpoint().is_delivered(answer.outcome);
+        self.report.on_outcome(answer.outcome, is_delivered, &answer.text, now);
+        if let Some(shown) = shown {
+            shown.show(&answer);
+        }
         if self.stop.is_some_and(|stop| stop.cut) && !is_status(answer.outcome) {
             self.dispatch.on_given_back(token, now);
             return;
         }
         match answer.outcome {
-            outcome if self.dispatch.endpoint().is_delivered(outcome) => {
+            _ if is_delivered => {
                 self.failures.remove(&id);
                 log::debug!("webhook `{}`: `{id}` delivered", self.webhook.name);
             }
@@ -465,6 +558,8 @@ impl<'a> Dispatcher<'a> {
                 self.dispatch.on_letter(token, stored.is_ok(), now);
             }
             Errant::Fetched(letter, fetched) => self.dispatch.on_fetched(&letter, *fetched, now),
+            Errant::Listed(listed) => self.replays.on_listed(listed, now),
+            Errant::Answered(stored) => self.replays.on_answered(stored, now),
         }
     }
 
@@ -477,6 +572,7 @@ impl<'a> Dispatcher<'a> {
                     self.store.order(Errand::Record(Change::Mark(self.webhook.db[flow].clone(), mark)));
                 }
                 self.lives[flow] = life;
+                self.report.feed_opened(flow);
                 self.dispatch.on_opened(flow, opened);
                 self.shared.outage.over();
             }
@@ -492,6 +588,7 @@ impl<'a> Dispatcher<'a> {
                 self.dispatch.on_end(flow, last_seq, pending, closed, now);
             }
             Fed::Failed(flow, fault, error) => {
+                self.report.feed_failed(flow, error.as_ref());
                 if let Some(error) = error.filter(|_| self.stop.is_none()) {
                     self.complain(flow, &error, "");
                 }
@@ -542,11 +639,18 @@ impl<'a> Dispatcher<'a> {
                 self.n_letters = self.n_letters.saturating_sub(1);
                 self.store.order(Errand::Delete(id));
             }
+            Action::Replayed(id, end) => self.replays.on_replayed(&id, &end),
             Action::Fetch(flow, letter) => {
                 // A flow that was never opened has no mark yet; the letter's document can wait.
-                match self.marks[flow] {
-                    Some(mark) => self.store.order(Errand::Fetch(flow, letter, mark)),
-                    None => self.dispatch.on_fetched(&letter, crate::pure::dispatch::Fetched::Failed, now),
+                match (self.marks[flow], self.replays.letter(&letter.id)) {
+                    (Some(mark), Some((stored, asked))) => {
+                        let stored = Box::new(stored.clone());
+                        self.store.order(Errand::FetchLetter(flow, stored, mark, asked));
+                    }
+                    (Some(mark), None) => self.store.order(Errand::Fetch(flow, letter, mark)),
+                    (None, _) => {
+                        self.dispatch.on_fetched(&letter, crate::pure::dispatch::Fetched::Failed, now)
+                    }
                 }
             }
             Action::StoreCheckpoint(flow, position) => {
@@ -556,6 +660,7 @@ impl<'a> Dispatcher<'a> {
                     webhook: self.webhook.name.clone(),
                     key: self.shared.key.clone(),
                     position,
+                    seek: self.seeks[flow].clone(),
                     life: self.lives[flow].clone(),
                     hurry: self.stop.map(|stop| stop.hurry),
                     flow,
@@ -570,7 +675,11 @@ impl<'a> Dispatcher<'a> {
     }
 
     fn deliver(&mut self, id: WebhookId, job: Job) {
-        self.in_flight.insert(job.token(), (id, sys::wall()));
+        let shown = match self.shared.board.has_onlookers() {
+            true => Shown::of(self.shared, self.webhook, &job),
+            false => None,
+        };
+        self.in_flight.insert(job.token(), InFlight { id, started: sys::wall(), shown });
         if let Err(error) = self.workers.give(job, self.in_flight.len()) {
             log::error!("webhook `{}`: {error}", self.webhook.name);
         }
@@ -620,14 +729,16 @@ impl<'a> Dispatcher<'a> {
                     "webhook `{name}`: its endpoint {} ({endpoint}{why}); the checkpoint is held",
                     down_text(reason)
                 );
+                self.report.down(Some(down_text(reason)));
             }
             Notice::Endpoint(endpoint::Notice::Up) => {
-                log::info!("webhook `{name}`: its endpoint takes events")
+                log::info!("webhook `{name}`: its endpoint takes events");
+                self.report.down(None);
             }
             Notice::Endpoint(endpoint::Notice::Gone) => {
                 log::error!(
                     "webhook `{name}`: its endpoint said 410 twice and is gone; paused for good, the checkpoint is \
-                     kept; a change of its section ends that"
+                     kept; `couch-hookd resume {name}` or a change of its section ends that"
                 );
                 self.store.order(Errand::Record(Change::Gone("the endpoint answered 410".to_owned())));
             }
@@ -648,7 +759,7 @@ impl<'a> Dispatcher<'a> {
                 log::warn!("{}: `{id}` is a dead letter now ({})", self.place(flow), class.as_str());
                 self.failures.remove(&id);
                 self.n_letters += 1;
-                if self.n_letters > self.shared.hookd.dead_letters_max {
+                if self.n_letters > self.letters_max {
                     self.pause_for_letters();
                 }
             }
@@ -659,12 +770,38 @@ impl<'a> Dispatcher<'a> {
 
     fn pause_for_letters(&mut self) {
         let name = &self.webhook.name;
-        let max = self.shared.hookd.dead_letters_max;
-        log::error!("webhook `{name}`: more than {max} dead letters; paused until its section changes");
+        let max = self.letters_max;
+        log::error!(
+            "webhook `{name}`: more than {max} dead letters; paused until `couch-hookd resume {name}`"
+        );
+        self.report.pause(format!("more than {max} dead letters"));
         let reason = format!("more than {max} dead letters");
         self.store.order(Errand::Record(Change::Paused(reason)));
         self.dispatch.halt();
         self.readers.iter().for_each(Reader::close);
+    }
+
+    /// Goes on with letters that are sent again; whether the machine has to be asked again at once.
+    fn go_on_replaying(&mut self, now: Instant) -> bool {
+        let (db, store) = (&self.webhook.db, &self.store);
+        let n_asked = self.dispatch.n_asked();
+        let flow = |name: &str| db.iter().position(|db| db == name);
+        self.replays.go_on(&mut self.dispatch, flow, |errand| store.order(errand), now);
+        self.dispatch.n_asked() > n_asked
+    }
+
+    fn on_discarded(&mut self, letters: &[WebhookId]) {
+        self.n_letters = self.n_letters.saturating_sub(letters.len() as u64);
+        self.dispatch.forget_letters(letters);
+        self.replays.on_discarded(letters);
+    }
+
+    /// Says how the webhook is, from time to time.
+    fn report(&mut self, now: Instant) {
+        if self.report.is_due(now) {
+            let status = self.report.status(self.webhook, &mut self.dispatch, now);
+            self.shared.board.post(&self.webhook.name, status);
+        }
     }
 
     fn count_bytes(&mut self) {

@@ -21,7 +21,7 @@ use crate::couch::local_docs;
 use crate::error::{Error, Kind, Result};
 use crate::pipeline::Shared;
 use crate::pure::changes::Item;
-use crate::pure::checkpoint::{Checkpoint, Mark};
+use crate::pure::checkpoint::{Checkpoint, Mark, Seek};
 use crate::pure::dispatch::FlowIndex;
 use crate::pure::flow::{Opened, Read, ReadFault};
 use crate::pure::format::Format;
@@ -78,7 +78,7 @@ pub struct Reader {
 }
 
 impl Reader {
-    /// Starts the thread; it reads nothing yet.
+    /// Starts the thread; it reads nothing yet. `seek` is what the webhook's record says of the database.
     ///
     /// # Errors
     /// `Io` when no thread can be started.
@@ -86,6 +86,7 @@ impl Reader {
         shared: &Shared,
         webhook: &config::Webhook,
         telling: Telling,
+        seek: Option<Seek>,
         flow: FlowIndex,
         to: Sender<Fed>,
     ) -> Result<Reader> {
@@ -98,6 +99,7 @@ impl Reader {
             shared: shared.clone(),
             filter: webhook.filter.clone(),
             telling,
+            seek,
             flow,
             to,
             feed,
@@ -145,6 +147,8 @@ struct State {
     shared: Shared,
     filter: Option<config::Filter>,
     telling: Telling,
+    /// Where a command has set the webhook.
+    seek: Option<Seek>,
     flow: FlowIndex,
     to: Sender<Fed>,
     feed: Feed,
@@ -199,7 +203,8 @@ impl State {
                 sys::sleep(TURN_CHECK.min(duration));
             }
         };
-        let opened = local_docs::open(server, self.generation, db, webhook, key, known_mark, &pause)?;
+        let seek = self.seek.as_ref();
+        let opened = local_docs::open(server, self.generation, db, webhook, key, known_mark, seek, &pause)?;
         let place = format!("webhook `{webhook}`, database `{db}`");
         if let Some(why) = &opened.not_believed {
             log::error!("{place}: the stored checkpoint is not believed ({why}); reading from the beginning");

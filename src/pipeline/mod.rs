@@ -12,11 +12,16 @@
 
 pub mod activation;
 pub mod agents;
+pub mod board;
 pub mod checkpointer;
 pub mod complaints;
+pub mod desk;
 pub mod dispatcher;
 pub mod feed_reader;
+pub mod obey;
 pub mod permits;
+mod replay;
+mod report;
 pub mod store;
 pub mod webhook;
 pub mod workers;
@@ -24,6 +29,7 @@ pub mod workers;
 use std::sync::Arc;
 
 use crate::couch::client::Server;
+use crate::pipeline::board::Board;
 use crate::pipeline::checkpointer::CheckpointSender;
 use crate::pipeline::complaints::Outage;
 use crate::pipeline::feed_reader::FilteredPages;
@@ -49,6 +55,8 @@ pub struct Shared {
     pub filtered_pages: Arc<FilteredPages>,
     /// What is said of a CouchDB that does not answer, once for all.
     pub outage: Arc<Outage>,
+    /// What webhooks say of themselves.
+    pub board: Arc<Board>,
     /// Times of `[hookd]`.
     pub hookd: Arc<crate::config::Hookd>,
 }

@@ -4,22 +4,26 @@
 //! Guarantees that what it reports as stored is on CouchDB's disk (`state_db` says how).
 
 use crossbeam_channel::{Receiver, Sender, bounded};
+use serde_json::{Map, Value};
 
 use crate::config;
-use crate::couch::client::db_path;
+use crate::couch::client::{Server, db_path, encoded};
+use crate::couch::letters::{self, Filter, Stored};
+use crate::couch::requests::{self, Progress};
 use crate::couch::state_db::{self, DeadLetter, WebhookRecord};
 use crate::error::{Error, Kind, Result};
 use crate::pipeline::Shared;
 use crate::pure::changes::{Row, RowDoc};
 use crate::pure::checkpoint::Mark;
-use crate::pure::dispatch::{Fetched, FlowIndex, SuspectLetter};
+use crate::pure::dispatch::{Asked, Fetched, FlowIndex, SuspectLetter};
 use crate::pure::document::Document;
 use crate::pure::endpoint::WINDOW_EVENTS;
-use crate::pure::message::{Telling, WebhookId};
+use crate::pure::format::generation;
+use crate::pure::message::{Event, Telling, WebhookId};
 use crate::sys::{self, Thread};
 
 /// Errands under way at most: every unfinished event may have one, and a few more for the record.
-const ERRANDS_MAX: usize = 2 * WINDOW_EVENTS;
+const ERRANDS_MAX: usize = 3 * WINDOW_EVENTS;
 /// Tries to change a record that others change, too.
 const RECORD_TRIES: u32 = 5;
 
@@ -33,6 +37,12 @@ pub enum Errand {
     Delete(WebhookId),
     /// The document as it is now.
     Fetch(FlowIndex, SuspectLetter, Mark),
+    /// The next letters that an operator wants sent again.
+    ListLetters(Box<Filter>, Option<String>),
+    /// A letter's own revision, for one that is sent again because an operator asked; whatever was delivered since.
+    FetchLetter(FlowIndex, Box<Stored>, Mark, Asked),
+    /// What came of a request so far.
+    Answer(String, Progress, Map<String, Value>),
     /// Change the record.
     Record(Change),
 }
@@ -56,6 +66,10 @@ pub enum Errant {
     Letter(u64, Result<()>),
     /// The document of a suspect.
     Fetched(SuspectLetter, Box<Fetched>),
+    /// Letters, and behind which id the next ones come.
+    Listed(Result<(Vec<Stored>, Option<String>)>),
+    /// Whether the last answer of a request is stored.
+    Answered(bool),
 }
 
 /// A running store.
@@ -123,9 +137,28 @@ impl State {
                     let fetched = self.fetch(flow, &letter, mark).unwrap_or(Fetched::Failed);
                     Some(Errant::Fetched(letter, Box::new(fetched)))
                 }
+                Errand::ListLetters(filter, after) => {
+                    Some(Errant::Listed(letters::page(server, state_db, &filter, after.as_deref())))
+                }
+                Errand::FetchLetter(flow, stored, mark, asked) => {
+                    let letter = SuspectLetter {
+                        id: WebhookId::parse(&stored.letter.id).expect("it was parsed to be asked for"),
+                        doc_id: stored.letter.doc_id.clone(),
+                    };
+                    let fetched = self.fetch_letter(flow, &stored.letter, mark, asked);
+                    Some(Errant::Fetched(letter, Box::new(fetched.unwrap_or(Fetched::Failed))))
+                }
+                Errand::Answer(request, state, answer) => {
+                    let answered = requests::answer(server, state_db, &request, state, &answer);
+                    if let Err(error) = &answered {
+                        log::debug!("{place}: `{request}` could not be answered: {error}");
+                    }
+                    (state != Progress::Open).then_some(Errant::Answered(answered.is_ok()))
+                }
                 Errand::Record(change) => {
-                    let made =
-                        change_record(&self.shared, &self.webhook.name, |record| apply(record, &change));
+                    let made = change_record(server, state_db, &self.webhook.name, |record| {
+                        apply(record, &change);
+                    });
                     if let Err(error) = made {
                         log::error!("{place}: {change:?} could not be kept in `{state_db}`: {error}");
                     }
@@ -140,13 +173,71 @@ impl State {
 
     /// Reads a document as a feed would show it.
     fn fetch(&self, flow: FlowIndex, letter: &SuspectLetter, mark: Mark) -> Result<Fetched> {
+        let query = if self.tellings[flow].conflicts { "?conflicts=true" } else { "" };
+        // Deleted, or with its database: the feed tells what became of it.
+        let Some(event) = self.read(flow, &letter.doc_id, query, mark)? else { return Ok(Fetched::Gone) };
+        let wanted = self.tellings[flow].wants(&event);
+        Ok(if wanted { Fetched::Event(event) } else { Fetched::Gone })
+    }
+
+    /// Reads what a letter is about (DESIGN §7): its own revision, unless a newer one was delivered; where CouchDB has
+    /// it no more, the current one.
+    fn fetch_letter(
+        &self,
+        flow: FlowIndex,
+        letter: &DeadLetter,
+        mark: Mark,
+        asked: Asked,
+    ) -> Result<Fetched> {
+        if letter.mark != mark {
+            // Of a database that is gone: what bears its name now has told everything anew.
+            return Ok(Fetched::Gone);
+        }
+        let query = if self.tellings[flow].conflicts { "?conflicts=true" } else { "" };
+        let now = self.read(flow, &letter.doc_id, query, mark)?;
+        if let Some(now) = &now
+            && now.id.to_string() == letter.id
+        {
+            return Ok(now_or_gone(Some(now.clone())));
+        }
+        let own = format!("?rev={}", encoded(&letter.rev));
+        let own = self.read(flow, &letter.doc_id, &own, mark)?.map(|event| Event {
+            // With conflicts the id is made of all of them; what they were stands in the letter.
+            id: WebhookId::parse(&letter.id).unwrap_or(event.id),
+            conflicts: letter.revs.iter().skip(1).cloned().collect(),
+            ..event
+        });
+        if asked.even_if_superseded {
+            return Ok(now_or_gone(own.or(now)));
+        }
+        match (now, own) {
+            (Some(now), own) => match self.is_delivered(&now, letter)? {
+                true => Ok(Fetched::Superseded(now.rev)),
+                false => Ok(now_or_gone(own.or(Some(now)))),
+            },
+            // Deleted by now. A letter about that very deletion is told; else the deletion came later.
+            (None, Some(own)) if own.deleted => Ok(Fetched::Event(own)),
+            (None, Some(_)) => Ok(Fetched::Superseded("its deletion".to_owned())),
+            (None, None) => Ok(Fetched::Gone),
+        }
+    }
+
+    /// Whether what a document is now was delivered, as far as that can be known: it was unless it has a letter of its
+    /// own, or the webhook does not want it. And what lies between it and an older letter may have been.
+    fn is_delivered(&self, now: &Event, letter: &DeadLetter) -> Result<bool> {
+        let Shared { server, state_db, .. } = &self.shared;
+        let next_to_it = generation(&now.rev) <= generation(&letter.rev).map(|generation| generation + 1);
+        let wanted = self.tellings.iter().any(|telling| telling.db == letter.db && telling.wants(now));
+        Ok(wanted && !(next_to_it && state_db::dead_letter_exists(server, state_db, &now.id.to_string())?))
+    }
+
+    /// A document as an event, wanted or not; `None` when there is none, or not that revision of it.
+    fn read(&self, flow: FlowIndex, doc_id: &str, query: &str, mark: Mark) -> Result<Option<Event>> {
         let telling = &self.tellings[flow];
-        let query = if telling.conflicts { "?conflicts=true" } else { "" };
-        let path = db_path(&telling.db, &[&letter.doc_id]) + query;
+        let path = db_path(&telling.db, &[doc_id]) + query;
         let reply = match self.shared.server.request(&http::Method::GET, &path, None, &[]) {
             Ok(reply) => reply,
-            // Deleted, or with its database: the feed tells what became of it.
-            Err(error) if error.kind() == Kind::NotFound => return Ok(Fetched::Gone),
+            Err(error) if error.kind() == Kind::NotFound => return Ok(None),
             Err(error) => return Err(error),
         };
         let found = |_| Error::new(Kind::Malformed, "expected a document");
@@ -156,20 +247,26 @@ impl State {
         let doc = Document::parse(text.trim_end().to_owned()).map_err(found)?;
         let row = Row {
             seq: None,
-            id: letter.doc_id.clone(),
+            id: doc_id.to_owned(),
             revs: Vec::new(),
             deleted: false,
             doc: RowDoc::Json(doc),
             line: None,
         };
-        Ok(telling.arrived(row, &mark.to_string(), sys::wall()).event.map_or(Fetched::Gone, Fetched::Event))
+        Ok(Some(telling.event(row, &mark.to_string(), sys::wall())))
     }
+}
+
+fn now_or_gone(event: Option<Event>) -> Fetched {
+    event.map_or(Fetched::Gone, Fetched::Event)
 }
 
 fn apply(record: &mut WebhookRecord, change: &Change) {
     match change {
         Change::Mark(db, mark) => {
             record.databases.insert(db.clone(), *mark);
+            // A place in the database that had the name before.
+            record.seeks.retain(|sought, seek| sought != db || seek.mark == *mark);
         }
         Change::Gone(reason) => {
             record.gone_since = Some(sys::wall());
@@ -187,11 +284,11 @@ fn apply(record: &mut WebhookRecord, change: &Change) {
 /// # Errors
 /// As the reading and writing.
 pub fn change_record(
-    shared: &Shared,
+    server: &Server,
+    state_db: &str,
     webhook: &str,
     change: impl Fn(&mut WebhookRecord),
 ) -> Result<WebhookRecord> {
-    let (server, state_db) = (&shared.server, &shared.state_db);
     let mut tries = 0;
     loop {
         tries += 1;

@@ -126,6 +126,32 @@ pub struct Checkpoint {
     pub time: jiff::Timestamp,
     /// The version that wrote it; for people only.
     pub version: String,
+    /// The request behind which it is a position: id of the last `seek` in this database that its writer knew.
+    pub seek: Option<String>,
+}
+
+/// Where an operator has set a webhook in one database, kept in the webhook's record for good.
+///
+/// One write of the record is the whole of a seek: from then on only checkpoints count that name its request, and
+/// until there is one the position is this. So a checkpoint that was written before, by us or late by CouchDB on
+/// behalf of a process that is gone, cannot undo it, and nothing can do it twice.
+///
+/// `{"request":"request:0179…-5f0c","mark":"5f0c…","through_seq":"42-g1…"}`
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Seek {
+    /// The request that asked for it.
+    pub request: String,
+    /// The database that it is a place in; another one of the name is read from its beginning.
+    pub mark: Mark,
+    /// All up to here counts as finished.
+    pub through_seq: Value,
+}
+
+impl Seek {
+    /// The position.
+    pub fn through_seq(&self) -> Seq {
+        Seq::from_json(&self.through_seq.to_string()).unwrap_or_else(Seq::zero)
+    }
 }
 
 /// The document as stored.
@@ -144,6 +170,8 @@ struct Document<'a> {
     delivered: Vec<String>,
     time: String,
     version: String,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    seek: Option<String>,
     hmac: String,
 }
 
@@ -161,6 +189,7 @@ impl Checkpoint {
             delivered: self.delivered.iter().map(DeliveredId::to_string).collect(),
             time: self.time.to_string(),
             version: self.version.clone(),
+            seek: self.seek.clone(),
             hmac: String::new(),
         };
         document.hmac = hex(&document.mac(db, webhook, key).finalize().into_bytes());
@@ -189,16 +218,22 @@ impl Checkpoint {
             delivered: delivered.ok_or("its `delivered` holds more than hex digits")?,
             time: document.time.parse().map_err(|_| "its `time` is not a time")?,
             version: document.version,
+            seek: document.seek,
         })
     }
 }
 
 impl Document<'_> {
-    /// Over the JSON array `[db, webhook, through_seq, mark, delivered, time, version]`. The seq goes in as a value,
+    /// Over the JSON array `[db, webhook, through_seq, mark, delivered, time, version]`, and `seek` behind it where
+    /// there is one. The seq goes in as a value,
     /// not as text: CouchDB may spell a string's escapes or an array's blanks in another way when it gives it back.
     fn mac(&self, db: &str, webhook: &str, key: &StateKey) -> Hmac<Sha256> {
         let through_seq: Value = serde_json::from_str(self.through_seq.get()).unwrap_or_default();
-        let content = json!([db, webhook, through_seq, self.mark, self.delivered, self.time, self.version]);
+        let mut content =
+            json!([db, webhook, through_seq, self.mark, self.delivered, self.time, self.version]);
+        if let (Some(seek), Value::Array(content)) = (&self.seek, &mut content) {
+            content.push(seek.as_str().into());
+        }
         let mut mac = Hmac::<Sha256>::new_from_slice(&key.0).expect("HMAC takes a key of any length");
         mac.update(content.to_string().as_bytes());
         mac
@@ -249,6 +284,7 @@ mod tests {
             delivered: vec![DeliveredId(1), DeliveredId(u64::MAX)],
             time: "2026-11-21T20:46:41Z".parse().unwrap(),
             version: "0.1.0".to_owned(),
+            seek: Some("request:1-ab".to_owned()),
         }
     }
 
@@ -292,6 +328,8 @@ mod tests {
             ("[\"0000000000000001\",", "["),
             ("20:46", "20:47"),
             ("0.1.0", "0.1.1"),
+            ("request:1-ab", "request:2-ab"),
+            (",\"seek\":\"request:1-ab\"", ""),
         ] {
             let forged = stored.replacen(old, new, 1);
             assert_ne!(forged, stored);
@@ -304,6 +342,23 @@ mod tests {
         assert!(not_believed("", "orders", "shop", &key()).contains("not a checkpoint"));
         let long = format!("{}{stored}", " ".repeat(CHECKPOINT_BYTES_MAX));
         assert!(not_believed(&long, "orders", "shop", &key()).contains("bytes"));
+    }
+
+    #[test]
+    fn one_of_before_seeks_is_still_believed() {
+        let old = Checkpoint { seek: None, ..sample("42") };
+        let stored = old.to_json("orders", "shop", &key(), None);
+        assert!(!stored.contains("seek"), "{stored}");
+        assert_eq!(Checkpoint::from_json(stored.as_bytes(), "orders", "shop", &key()).unwrap(), old);
+    }
+
+    #[test]
+    fn a_seek_keeps_the_place_as_it_was_given() {
+        for seq in ["0", "42", "\"42-g1\"", "[42,\"x\"]"] {
+            let through_seq = serde_json::from_str(seq).unwrap();
+            let seek = Seek { request: "r".to_owned(), mark: Mark::new([1; 16]), through_seq };
+            assert_eq!(seek.through_seq().as_json(), seq);
+        }
     }
 
     #[test]

@@ -10,7 +10,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use crate::pure::dispatch::batches::{Batch, Batching, Next};
-use crate::pure::endpoint::{self, Endpoint, LetterClass, Moment, Outcome, Settings, Start, Verdict};
+use crate::pure::endpoint::{self, Class, Endpoint, LetterClass, Moment, Outcome, Settings, Start, Verdict};
 use crate::pure::flow::{self, Flow, Opened, Position, Read, ReadFault};
 use crate::pure::message::{self, Arrived, Event};
 use crate::pure::seq::Seq;
@@ -24,6 +24,12 @@ const STORE_AGAIN: Duration = Duration::from_secs(5);
 const REPLAY_EVERY: Duration = Duration::from_secs(3600);
 /// ... for this long.
 const REPLAY_FOR: Duration = Duration::from_secs(24 * 3600);
+/// Letters that an operator sends again: at work at a time ...
+pub const ASKED_MAX: usize = 32;
+/// ... and of them with their document in memory, waiting for their turn.
+const ASKED_READY_MAX: usize = 8;
+/// When the document of one could not be read, it is read again after this.
+const ASKED_FETCH_AGAIN: Duration = Duration::from_secs(5);
 
 /// A subscription, by its place in the list given at the start.
 pub type FlowIndex = usize;
@@ -47,6 +53,8 @@ pub enum Action {
     DeleteLetter(message::WebhookId),
     /// The document as it is now, of a suspect to be sent again: `on_fetched`.
     Fetch(FlowIndex, SuspectLetter),
+    /// What came of a letter that [`Dispatch::ask_replay`] was about. Not answered.
+    Replayed(message::WebhookId, Replayed),
     /// `on_checkpoint`.
     StoreCheckpoint(FlowIndex, Position),
     /// A line for the log.
@@ -101,7 +109,29 @@ pub struct SuspectLetter {
     pub doc_id: String,
 }
 
-/// A suspect that is tried again by ourselves.
+/// What an operator wants of a letter.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Asked {
+    /// Send it although a newer revision was delivered.
+    pub even_if_superseded: bool,
+}
+
+/// What came of a letter that an operator sent again.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Replayed {
+    /// 2xx; its letter goes.
+    Delivered,
+    /// A newer revision was delivered, this one where it is known. The letter stays.
+    Superseded(Option<String>),
+    /// The endpoint refuses it still. The letter stays.
+    Refused,
+    /// The endpoint failed at it again and again. The letter stays.
+    Failed,
+    /// There is no such document any more. The letter stays.
+    Gone,
+}
+
+/// A dead letter to be sent again: a suspect, by ourselves; any, because an operator asked.
 #[derive(Debug)]
 struct Suspect {
     flow: FlowIndex,
@@ -110,6 +140,7 @@ struct Suspect {
     replay_at: Instant,
     until: Instant,
     state: Replay,
+    asked: Option<Asked>,
 }
 
 #[derive(Debug)]
@@ -149,6 +180,18 @@ pub struct Dispatch {
     judged_at: u64,
     /// The process had no delivery to spare; the shell polls again when it has.
     starved: bool,
+    /// Between two letters that an operator sends again.
+    replay_pause: Duration,
+    /// Not before then, ...
+    next_asked_at: Option<Instant>,
+    /// ... which one waits for.
+    is_paced: bool,
+    /// A letter waits for the endpoint, and for nothing else.
+    replay_waits: bool,
+    /// The last delivery that started was a letter that an operator sends again.
+    last_was_asked: bool,
+    /// Nothing is read: only letters are sent again.
+    only_replays: bool,
 }
 
 impl Dispatch {
@@ -170,7 +213,18 @@ impl Dispatch {
             outbox: Vec::new(),
             judged_at: 0,
             starved: false,
+            replay_pause: Duration::ZERO,
+            next_asked_at: None,
+            is_paced: false,
+            replay_waits: false,
+            last_was_asked: false,
+            only_replays: false,
         }
+    }
+
+    /// Reads nothing, ever: for whoever only sends letters again.
+    pub fn only_replays(&mut self) {
+        self.only_replays = true;
     }
 
     /// Stops reading and delivering; what is in flight still comes back.
@@ -191,6 +245,11 @@ impl Dispatch {
     /// Unfinished events over all databases.
     pub fn n_pending(&self) -> usize {
         self.flows.iter().map(Flow::n_pending).sum()
+    }
+
+    /// When the oldest of them was read.
+    pub fn oldest(&self) -> Option<jiff::Timestamp> {
+        self.flows.iter().filter_map(Flow::oldest).min()
     }
 
     /// What they weigh, in bytes.
@@ -218,7 +277,7 @@ impl Dispatch {
         for (flow, letter) in letters {
             self.add_suspect(flow, letter, now);
         }
-        self.endpoint.set_n_suspects(self.suspects.len());
+        self.count_suspects();
     }
 
     // --- Inputs ------------------------------------------------------------------------------------------
@@ -333,7 +392,7 @@ impl Dispatch {
         } else {
             self.said.push(Notice::LetterFailed(flow, event.id));
             if class == LetterClass::Suspect {
-                self.endpoint.set_n_suspects(self.suspects.len());
+                self.count_suspects();
             }
             self.flows[flow].on_retry(token, now + STORE_AGAIN, now);
         }
@@ -424,6 +483,7 @@ impl Dispatch {
             self.endpoint.on_start(token, &mut pending.trial, now);
             let attempt = attempt(token, flow, Arc::clone(&pending.event), pending.trial.attempts);
             self.work.insert(token, Work::Attempt { flow, replay: false });
+            self.last_was_asked = false;
             self.turn = flow + 1;
             actions.push(Action::Attempt(attempt));
         }
@@ -442,7 +502,7 @@ impl Dispatch {
 
     /// Whether the process and this webhook have room, and for how many events.
     fn room(&self, bytes_free: usize) -> usize {
-        if self.halted || self.endpoint.is_gone() {
+        if self.halted || self.only_replays || self.endpoint.is_gone() {
             return 0;
         }
         let bytes = self.bytes();
@@ -486,15 +546,18 @@ impl Dispatch {
             let lanes = if lanes_count { flow.next_lane_deadline() } else { None };
             [flow.next_reading_deadline(), flow.next_checkpoint_deadline(), lanes]
         });
+        let may_fetch = self.n_asked_ready() < ASKED_READY_MAX;
         let suspects = self.suspects.iter().map(|suspect| match suspect.state {
-            Replay::Resting if !self.halted => Some(suspect.replay_at),
+            Replay::Resting if !self.halted && (suspect.asked.is_none() || may_fetch) => {
+                Some(suspect.replay_at)
+            }
             Replay::Resting | Replay::Fetching | Replay::Ready(_) | Replay::Sent(_) => None,
         });
-        let ready = self.suspects.iter().any(|suspect| matches!(suspect.state, Replay::Ready(_)));
-        let probes = may_deliver && (ready || self.flows.iter().any(Flow::can_probe));
+        let probes = may_deliver && (self.replay_waits || self.flows.iter().any(Flow::can_probe));
         let probe = if probes { self.endpoint.next_deadline() } else { None };
         let batch = if lanes_count { self.batch_deadline() } else { None };
-        flows.chain(suspects).chain([probe, batch]).flatten().min()
+        let paced = self.next_asked_at.filter(|_| self.is_paced && may_deliver);
+        flows.chain(suspects).chain([probe, paced, batch]).flatten().min()
     }
 
     fn token(&mut self) -> u64 {
@@ -555,7 +618,61 @@ impl Dispatch {
         let failures = 3;
         let replay_at = now + self.replay_pause(failures);
         let (until, state) = (now + REPLAY_FOR, Replay::Resting);
-        self.suspects.push(Suspect { flow, letter, failures, replay_at, until, state });
+        self.suspects.push(Suspect { flow, letter, failures, replay_at, until, state, asked: None });
+    }
+
+    /// Sends a letter again because an operator asked; [`Action::Replayed`] says what came of it. At most
+    /// [`ASKED_MAX`] at a time.
+    pub fn ask_replay(&mut self, flow: FlowIndex, letter: SuspectLetter, asked: Asked, now: Instant) {
+        if let Some(suspect) = self.suspects.iter_mut().find(|suspect| suspect.letter.id == letter.id) {
+            suspect.asked = Some(asked);
+            suspect.failures = 0;
+            if matches!(suspect.state, Replay::Resting) {
+                suspect.replay_at = now;
+            }
+            self.count_suspects();
+            return;
+        }
+        let (until, state) = (now + REPLAY_FOR, Replay::Resting);
+        let suspect = Suspect { flow, letter, failures: 0, replay_at: now, until, state, asked: Some(asked) };
+        self.suspects.push(suspect);
+    }
+
+    /// At most one letter that an operator sends again in this time.
+    pub fn set_replay_pause(&mut self, pause: Duration) {
+        self.replay_pause = pause;
+    }
+
+    /// Letters that an operator sends again and that nothing has come of yet.
+    pub fn n_asked(&self) -> usize {
+        self.suspects.iter().filter(|suspect| suspect.asked.is_some()).count()
+    }
+
+    /// Those whose document is being read, or was.
+    fn n_asked_ready(&self) -> usize {
+        let ready = |suspect: &&Suspect| {
+            suspect.asked.is_some() && matches!(suspect.state, Replay::Fetching | Replay::Ready(_))
+        };
+        self.suspects.iter().filter(ready).count()
+    }
+
+    /// These letters are gone: somebody discarded them. What is in flight comes back as ever.
+    pub fn forget_letters(&mut self, gone: &[message::WebhookId]) {
+        self.suspects
+            .retain(|suspect| matches!(suspect.state, Replay::Sent(_)) || !gone.contains(&suspect.letter.id));
+        self.count_suspects();
+    }
+
+    /// Only those that became letters by suspicion say something about the endpoint.
+    fn count_suspects(&mut self) {
+        let own = self.suspects.iter().filter(|suspect| suspect.asked.is_none()).count();
+        self.endpoint.set_n_suspects(own);
+    }
+
+    /// What an operator asked for has come to this.
+    fn end_asked(&mut self, at: usize, end: Replayed) {
+        self.outbox.push(Action::Replayed(self.suspects[at].letter.id, end));
+        self.drop_suspect(at);
     }
 
     /// The rest of the schedule, then hourly.
@@ -567,30 +684,44 @@ impl Dispatch {
     /// that one is told by the feed and the letter is history.
     pub fn on_fetched(&mut self, letter: &SuspectLetter, found: Fetched, now: Instant) {
         let Some(at) = self.suspects.iter().position(|suspect| suspect.letter == *letter) else { return };
+        let asked = self.suspects[at].asked.is_some();
         match found {
-            Fetched::Event(event) if event.id == letter.id => {
+            // Which revision an operator's is to be told at is the shell's to find out.
+            Fetched::Event(event) if asked || event.id == letter.id => {
                 self.suspects[at].state = Replay::Ready(Box::new(event));
             }
-            Fetched::Event(_) | Fetched::Gone => self.drop_suspect(at),
+            Fetched::Superseded(rev) if asked => self.end_asked(at, Replayed::Superseded(Some(rev))),
+            Fetched::Gone if asked => self.end_asked(at, Replayed::Gone),
+            Fetched::Event(_) | Fetched::Superseded(_) | Fetched::Gone => self.drop_suspect(at),
+            Fetched::Failed if asked => {
+                self.suspects[at].state = Replay::Resting;
+                self.suspects[at].replay_at = now + ASKED_FETCH_AGAIN;
+            }
             Fetched::Failed => self.rest(at, now),
         }
     }
 
     fn drop_suspect(&mut self, at: usize) {
         self.suspects.swap_remove(at);
-        self.endpoint.set_n_suspects(self.suspects.len());
+        self.count_suspects();
     }
 
     fn rest(&mut self, at: usize, now: Instant) {
         let failures = self.suspects[at].failures + 1;
-        let pause = self.replay_pause(failures);
+        let asked = self.suspects[at].asked.is_some();
+        let pause = self.replay_pause(if asked { failures - 1 } else { failures });
         let suspect = &mut self.suspects[at];
         suspect.failures = failures;
         suspect.replay_at = now + pause;
         suspect.state = Replay::Resting;
-        if suspect.replay_at > suspect.until {
+        if asked && failures >= self.endpoint.strikes_max() {
+            self.end_asked(at, Replayed::Failed);
+        } else if self.suspects[at].replay_at > self.suspects[at].until {
             // The letter stays; now it is the operator's.
-            self.drop_suspect(at);
+            match asked {
+                true => self.end_asked(at, Replayed::Failed),
+                false => self.drop_suspect(at),
+            }
         }
     }
 
@@ -602,47 +733,111 @@ impl Dispatch {
     }
 
     fn poll_replays(&mut self, now: Instant, permit: &mut dyn FnMut() -> bool, actions: &mut Vec<Action>) {
+        (self.is_paced, self.replay_waits) = (false, false);
+        self.send_replays(now, permit, actions);
+        let mut n_ready = self.n_asked_ready();
+        for suspect in &mut self.suspects {
+            let may_fetch = suspect.asked.is_none() || n_ready < ASKED_READY_MAX;
+            if matches!(suspect.state, Replay::Resting) && suspect.replay_at <= now && may_fetch {
+                suspect.state = Replay::Fetching;
+                n_ready += usize::from(suspect.asked.is_some());
+                actions.push(Action::Fetch(suspect.flow, suspect.letter.clone()));
+            }
+        }
+    }
+
+    /// Sends those whose document was read.
+    fn send_replays(&mut self, now: Instant, permit: &mut dyn FnMut() -> bool, actions: &mut Vec<Action>) {
         let mut at = 0;
         while at < self.suspects.len() {
-            let (flow, letter) = (self.suspects[at].flow, self.suspects[at].letter.clone());
-            match &self.suspects[at].state {
-                Replay::Resting if self.suspects[at].replay_at <= now => {
-                    self.suspects[at].state = Replay::Fetching;
-                    actions.push(Action::Fetch(flow, letter));
-                }
-                Replay::Ready(event) if self.flows[flow].is_superseded(event) => {
+            let suspect = &self.suspects[at];
+            let (flow, asked) = (suspect.flow, suspect.asked);
+            let Replay::Ready(event) = &suspect.state else {
+                at += 1;
+                continue;
+            };
+            let superseded = self.flows[flow].is_superseded(event);
+            match asked {
+                None if superseded => {
                     self.drop_suspect(at);
                     continue;
                 }
-                Replay::Ready(_) if self.may_replay(now) => {
-                    if !permit() {
-                        self.starved = true;
-                        return;
-                    }
-                    let token = self.token();
-                    let state = std::mem::replace(&mut self.suspects[at].state, Replay::Sent(token));
-                    let Replay::Ready(event) = state else { unreachable!("matched above") };
-                    let pending = self.flows[flow].lanes().start_replay(*event, token);
-                    self.endpoint.on_start(token, &mut pending.trial, now);
-                    let mut attempt = attempt(token, flow, Arc::clone(&pending.event), 1);
-                    attempt.replay = true;
-                    self.work.insert(token, Work::Attempt { flow, replay: true });
-                    actions.push(Action::Attempt(attempt));
+                // Told by the feed at this moment, or waiting there: after that it is seen what is left to do.
+                Some(_) if self.flows[flow].lanes().newest(&event.doc_id) == Some(event.id) => {
+                    at += 1;
+                    continue;
                 }
-                Replay::Resting | Replay::Fetching | Replay::Ready(_) | Replay::Sent(_) => {}
+                Some(asked) if superseded && !asked.even_if_superseded => {
+                    self.end_asked(at, Replayed::Superseded(None));
+                    continue;
+                }
+                Some(_) if self.flows[flow].lanes().newest(&event.doc_id).is_some() => {
+                    at += 1;
+                    continue;
+                }
+                None | Some(_) => {}
             }
+            if !self.may_replay(asked.is_some(), now) {
+                at += 1;
+                continue;
+            }
+            if !permit() {
+                self.starved = true;
+                return;
+            }
+            actions.push(self.start_replay(at, now));
             at += 1;
         }
     }
 
+    fn start_replay(&mut self, at: usize, now: Instant) -> Action {
+        let token = self.token();
+        let flow = self.suspects[at].flow;
+        let state = std::mem::replace(&mut self.suspects[at].state, Replay::Sent(token));
+        let Replay::Ready(event) = state else { unreachable!("only what is ready is sent") };
+        let pending = self.flows[flow].lanes().start_replay(*event, token);
+        self.endpoint.on_start(token, &mut pending.trial, now);
+        let mut attempt = attempt(token, flow, Arc::clone(&pending.event), 1);
+        attempt.replay = true;
+        self.work.insert(token, Work::Attempt { flow, replay: true });
+        if self.suspects[at].asked.is_some() {
+            self.last_was_asked = true;
+            // Late is late: what was missed is not made up for.
+            let due = self.next_asked_at.filter(|due| *due + self.replay_pause > now).unwrap_or(now);
+            self.next_asked_at = Some(due + self.replay_pause);
+        }
+        Action::Attempt(attempt)
+    }
+
     /// Beside deliveries that succeed; as a probe only when there is nothing else to probe with: that is for what
     /// is not dead yet.
-    fn may_replay(&self, now: Instant) -> bool {
+    fn may_replay(&mut self, asked: bool, now: Instant) -> bool {
+        if asked && !self.is_turn_of_asked(now) {
+            return false;
+        }
         match self.endpoint.may_start(now) {
             Start::Go => true,
-            Start::Probe => self.n_pending() == 0,
-            Start::No => false,
+            Start::Probe if self.n_pending() == 0 => true,
+            Start::Probe => false,
+            Start::No => {
+                self.replay_waits |= self.n_pending() == 0 || self.endpoint.is_up();
+                false
+            }
         }
+    }
+
+    /// Letters that an operator sends again take half of the deliveries at most, and with a single one every other.
+    fn is_turn_of_asked(&mut self, now: Instant) -> bool {
+        if self.next_asked_at.is_some_and(|at| now < at) {
+            self.is_paced = true;
+            return false;
+        }
+        let in_flight =
+            |suspect: &&Suspect| suspect.asked.is_some() && matches!(suspect.state, Replay::Sent(_));
+        let n_in_flight = self.suspects.iter().filter(in_flight).count();
+        let live_waits = self.last_was_asked && self.flows.iter_mut().any(|flow| flow.lanes().can_take(now));
+        n_in_flight < (self.endpoint.concurrency() / 2).max(1)
+            && !(self.endpoint.concurrency() == 1 && self.endpoint.is_up() && live_waits)
     }
 
     fn on_replayed(&mut self, flow: FlowIndex, token: u64, outcome: Outcome, at: Moment) {
@@ -651,13 +846,24 @@ impl Dispatch {
         let place = self.suspects.iter().position(sent);
         // Taken or not, its letter is stored: a row that joined it is finished.
         self.flows[flow].on_finished(token, now);
-        if self.endpoint.on_replay_outcome(token, outcome, at) {
-            if let Some(place) = place {
+        let asked = place.is_some_and(|place| self.suspects[place].asked.is_some());
+        let class = self.endpoint.on_replay_outcome(token, outcome, asked, at);
+        let Some(place) = place else { return };
+        match class {
+            Class::Delivered => {
                 self.outbox.push(Action::DeleteLetter(self.suspects[place].letter.id));
-                self.drop_suspect(place);
+                match asked {
+                    true => self.end_asked(place, Replayed::Delivered),
+                    false => self.drop_suspect(place),
+                }
             }
-        } else if let Some(place) = place {
-            self.rest(place, now);
+            Class::Event if asked => self.end_asked(place, Replayed::Refused),
+            // An outage says nothing about the letter.
+            _ if asked && outcome == Outcome::Unreachable => {
+                self.suspects[place].state = Replay::Resting;
+                self.suspects[place].replay_at = now + self.replay_pause(0);
+            }
+            Class::Event | Class::Endpoint | Class::Gone => self.rest(place, now),
         }
     }
 }
@@ -667,6 +873,8 @@ impl Dispatch {
 pub enum Fetched {
     /// As it is now.
     Event(Event),
+    /// A newer revision was delivered: this one.
+    Superseded(String),
     /// Deleted without a trace, or its database is.
     Gone,
     /// CouchDB did not answer.

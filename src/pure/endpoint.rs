@@ -492,22 +492,53 @@ impl Endpoint {
         retry_after.map(|after| at.now + after.min(self.settings.retry_after_max))
     }
 
-    /// What came of a suspect that was sent again: `true` when it was taken. Its failure says nothing new about
-    /// the endpoint, unless that cannot be reached.
-    pub fn on_replay_outcome(&mut self, token: u64, outcome: Outcome, at: Moment) -> bool {
+    /// What came of a dead letter that was sent again. The failure of a suspect says nothing new about the endpoint,
+    /// unless that cannot be reached; with `asked` (an operator believes that it is taken now) an endpoint-class
+    /// answer does. A refusal never does: it is known to refuse this one.
+    pub fn on_replay_outcome(&mut self, token: u64, outcome: Outcome, asked: bool, at: Moment) -> Class {
         let was_probe = matches!(self.state, State::Down { probing, .. } if probing == Some(token));
         self.on_given_back(token);
-        let taken = class(outcome, &self.settings) == Class::Delivered;
-        if taken {
+        let class = class(outcome, &self.settings);
+        if class == Class::Delivered {
             self.on_delivered();
-        } else if outcome == Outcome::Unreachable {
-            match self.state {
-                State::Up { .. } => self.go_down(DownReason::Unreachable, None, false, at),
-                State::Down { .. } => self.probe_failed(was_probe, DownReason::Unreachable, None, at),
-                State::Gone => {}
-            }
+            return class;
         }
-        taken
+        let retry_after = match outcome {
+            Outcome::Status { retry_after: Some(after), .. } if asked && class == Class::Endpoint => {
+                Some(at.now + after.min(self.settings.retry_after_max))
+            }
+            _ => None,
+        };
+        self.hold_until = self.hold_until.max(retry_after);
+        let reason = if outcome == Outcome::Unreachable {
+            DownReason::Unreachable
+        } else if retry_after.is_some() {
+            DownReason::RetryAfter
+        } else if asked && matches!(class, Class::Endpoint | Class::Gone) {
+            self.failed_in_a_row += 1;
+            if self.is_up() && self.failed_in_a_row < FAILURES_DOWN {
+                return class;
+            }
+            DownReason::Failing
+        } else {
+            return class;
+        };
+        match self.state {
+            State::Up { .. } => self.go_down(reason, retry_after, false, at),
+            State::Down { .. } => self.probe_failed(was_probe, reason, retry_after, at),
+            State::Gone => {}
+        }
+        class
+    }
+
+    /// Deliveries in flight at most, as configured.
+    pub fn concurrency(&self) -> usize {
+        self.settings.concurrency
+    }
+
+    /// Endpoint-class answers that an event may get while others are delivered.
+    pub fn strikes_max(&self) -> u32 {
+        self.settings.dead_letter_after
     }
 
     fn on_delivered(&mut self) -> Verdict {

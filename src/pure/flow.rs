@@ -221,6 +221,11 @@ impl Flow {
         self.lanes.len()
     }
 
+    /// When the oldest of them was read.
+    pub fn oldest(&self) -> Option<jiff::Timestamp> {
+        self.lanes.oldest()
+    }
+
     /// What they weigh, in bytes.
     pub fn bytes(&self) -> usize {
         self.lanes.bytes()

@@ -290,7 +290,7 @@ fn push_data(out: &mut Vec<u8>, telling: &Telling, event: &Event) {
 }
 
 /// The number in front of a revision: 3 of `3-9f…`.
-fn generation(rev: &str) -> Option<u64> {
+pub fn generation(rev: &str) -> Option<u64> {
     rev.split_once('-').and_then(|(number, _)| number.parse().ok())
 }
 

@@ -84,6 +84,12 @@ impl Lanes {
         self.n_pending == 0
     }
 
+    /// When the oldest of them was read; looks at every one.
+    pub fn oldest(&self) -> Option<jiff::Timestamp> {
+        let pending = self.lanes.values().flat_map(|lane| lane.busy.iter().chain(&lane.waiting));
+        pending.map(|pending| pending.event.read_at).min()
+    }
+
     /// What they weigh, in bytes.
     pub fn bytes(&self) -> usize {
         self.bytes

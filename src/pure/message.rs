@@ -226,11 +226,16 @@ impl Telling {
             return Arrived { seq, event: None };
         }
         let event = self.event(row, mark, read_at);
-        let wanted = self.events.iter().any(|pattern| matches(pattern, event.event_type()));
-        Arrived { seq, event: wanted.then_some(event) }
+        Arrived { seq, event: self.wants(&event).then_some(event) }
     }
 
-    fn event(&self, row: Row, mark: &str, read_at: Timestamp) -> Event {
+    /// Whether its type is among those to be told.
+    pub fn wants(&self, event: &Event) -> bool {
+        self.events.iter().any(|pattern| matches(pattern, event.event_type()))
+    }
+
+    /// A row as an event, wanted or not.
+    pub fn event(&self, row: Row, mark: &str, read_at: Timestamp) -> Event {
         let Row { seq, id: doc_id, mut revs, deleted, mut doc, line } = row;
         // The members decide only where there are any: a body may be newer than its row.
         let head = match &mut doc {

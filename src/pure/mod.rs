@@ -25,6 +25,7 @@ pub mod settled;
 pub mod signature;
 #[cfg(test)]
 mod simulation;
+pub mod snapshot;
 pub mod table;
 pub mod test_event;
 pub mod url;

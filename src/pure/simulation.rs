@@ -12,7 +12,7 @@ use fastrand::Rng;
 
 use crate::pure::changes::{Row, RowDoc};
 use crate::pure::dispatch::batches::{Batch, Batching};
-use crate::pure::dispatch::{Action, Attempt, Dispatch, Fetched, Notice, SuspectLetter};
+use crate::pure::dispatch::{Action, Asked, Attempt, Dispatch, Fetched, Notice, Replayed, SuspectLetter};
 use crate::pure::endpoint::{self, LetterClass, Moment, Outcome, Settings, WINDOW_EVENTS};
 use crate::pure::flow::{Flow, Opened, Position, Read, ReadFault};
 use crate::pure::format::Format;
@@ -160,6 +160,8 @@ struct Seen {
     batch: bool,
     batch_refused: bool,
     batch_crash: bool,
+    replayed: bool,
+    discarded: bool,
 }
 
 struct World {
@@ -200,6 +202,10 @@ struct World {
     /// Crashes counted when an id was first told.
     first_told: HashMap<WebhookId, u64>,
     n_crashes: u64,
+    /// Letters that an operator sends again, in this life.
+    asked: HashMap<WebhookId, Asked>,
+    /// Letters whose document is told at another revision, because an operator asked.
+    told_otherwise: HashSet<WebhookId>,
     seen: Seen,
 }
 
@@ -277,6 +283,8 @@ impl World {
             flipped: HashSet::new(),
             first_told: HashMap::new(),
             n_crashes: 0,
+            asked: HashMap::new(),
+            told_otherwise: HashSet::new(),
             seen: Seen::default(),
             filtered,
             rng,
@@ -297,6 +305,8 @@ impl World {
             .map(|(id, (flow, doc_id, _))| (*flow, SuspectLetter { id: *id, doc_id: doc_id.clone() }))
             .collect();
         self.dispatch.restore_suspects(suspects, self.now);
+        self.dispatch.set_replay_pause(Duration::from_millis(*self.rng.choice(&[0, 20, 700]).unwrap()));
+        self.asked.clear();
         self.jobs.clear();
         self.reads = (0..FLOWS).map(|_| None).collect();
         self.in_flight_docs.clear();
@@ -332,7 +342,12 @@ impl World {
             let flow = self.rng.usize(..FLOWS);
             let db = &mut self.dbs[flow];
             if let Some((position, n, _)) = self.rng.choice(db.checkpoints.iter()) {
-                db.checkpoint = Some((position.clone(), *n));
+                let (mut position, n) = (position.clone(), *n);
+                if self.rng.bool() {
+                    // A seek forgets what is delivered beyond it.
+                    position.delivered.clear();
+                }
+                db.checkpoint = Some((position, n));
                 self.seen.rewind = true;
             }
         }
@@ -361,6 +376,36 @@ impl World {
         self.rolled_back.remove(&(flow, doc));
         self.trace(&("write", flow, doc, &rev));
         self.dbs[flow].write(doc, rev, matches);
+    }
+
+    /// Somebody sends letters again, or deletes some.
+    fn operate(&mut self) {
+        let all: Vec<WebhookId> = self.letters.keys().copied().collect();
+        let n = self.rng.usize(0..4).min(all.len());
+        let chosen: Vec<WebhookId> = self.rng.choose_multiple(all.iter(), n).into_iter().copied().collect();
+        if !chosen.is_empty() && self.rng.u8(..4) == 0 {
+            self.trace(&("discard", &chosen));
+            self.seen.discarded = true;
+            for id in &chosen {
+                self.letters.remove(id);
+                self.asked.remove(id);
+                // Whoever discards it takes it for told.
+                self.delivered.insert(*id);
+            }
+            self.dispatch.forget_letters(&chosen);
+            return;
+        }
+        for id in chosen {
+            let (flow, doc_id, _) = self.letters[&id].clone();
+            let asked = Asked { even_if_superseded: self.rng.u8(..6) == 0 };
+            if self.rng.bool() {
+                // What it refused was mended, which is why it is asked.
+                self.poison.remove(&doc_id);
+            }
+            self.trace(&("ask", id, asked));
+            self.asked.insert(id, asked);
+            self.dispatch.ask_replay(flow, SuspectLetter { id, doc_id }, asked, self.now);
+        }
     }
 
     /// Deleted and created again, sometimes with the very same documents.
@@ -696,9 +741,22 @@ impl World {
                     None => Fetched::Gone,
                     Some(update) => {
                         let vector = vec![0; self.dbs[flow].shards.len()];
-                        match self.dispatch.flow(flow).mark() {
-                            Some(_) => Fetched::Event(self.arrived(flow, &update, &vector).event.unwrap()),
-                            None => Fetched::Failed,
+                        match (self.dispatch.flow(flow).mark(), self.asked.get(&letter.id).copied()) {
+                            (None, _) => Fetched::Failed,
+                            (Some(_), asked) => {
+                                let event = self.arrived(flow, &update, &vector).event.unwrap();
+                                if event.id != letter.id
+                                    && asked.is_some_and(|asked| asked.even_if_superseded)
+                                {
+                                    self.told_otherwise.insert(letter.id);
+                                }
+                                match asked {
+                                    Some(asked) if !asked.even_if_superseded && event.id != letter.id => {
+                                        Fetched::Superseded(event.rev)
+                                    }
+                                    _ => Fetched::Event(event),
+                                }
+                            }
                         }
                     }
                 };
@@ -749,8 +807,13 @@ impl World {
                 Action::LookUp(attempt) => self.jobs.push(Job::LookUp(attempt)),
                 Action::StoreLetter(attempt, class) => self.jobs.push(Job::Letter(attempt, class)),
                 Action::DeleteLetter(id) => {
-                    assert!(self.delivered.contains(&id), "a letter went that was not delivered");
+                    let told = self.delivered.contains(&id) || self.told_otherwise.contains(&id);
+                    assert!(told, "a letter went that was not delivered");
                     self.letters.remove(&id);
+                }
+                Action::Replayed(id, end) => {
+                    assert!(self.asked.remove(&id).is_some(), "nobody asked for {id}");
+                    self.seen.replayed |= end == Replayed::Delivered;
                 }
                 Action::Fetch(flow, letter) => self.jobs.push(Job::Fetch(flow, letter)),
                 Action::StoreCheckpoint(flow, position) => self.jobs.push(Job::Checkpoint(flow, position)),
@@ -769,6 +832,9 @@ impl World {
 
     fn step(&mut self) {
         self.poll();
+        if self.rng.u8(..10) == 0 {
+            self.operate();
+        }
         match self.rng.u8(..100) {
             0..=29 => self.write(),
             30..=59 => self.step_job(),
@@ -805,10 +871,17 @@ impl World {
         self.calm = true;
         self.late.clear();
         self.mood = Mood::Good;
+        let mut n_operated = 0;
         for _ in 0..4_000 {
             self.poll();
             if self.is_done() {
-                return;
+                // Whoever looks now finds all the letters there will be.
+                n_operated += 1;
+                if n_operated > 3 {
+                    return;
+                }
+                self.operate();
+                continue;
             }
             if !self.jobs.is_empty() {
                 self.step_job();
@@ -846,6 +919,7 @@ impl World {
 
     fn is_done(&self) -> bool {
         self.jobs.is_empty()
+            && self.asked.is_empty()
             && self.dispatch.n_pending() == 0
             && (0..FLOWS).all(|flow| {
                 self.reads[flow].as_ref().is_some_and(|open| !self.has_more(flow, open))
@@ -941,7 +1015,7 @@ fn run_all(seeds: impl Iterator<Item = u64>) -> BTreeMap<&'static str, u64> {
 }
 
 /// What schedules must hold often enough for the simulation to mean anything, in percent.
-fn shares(seen: Seen) -> [(&'static str, bool, u8); 12] {
+fn shares(seen: Seen) -> [(&'static str, bool, u8); 14] {
     [
         ("at least 4 in flight", seen.four_in_flight, 20),
         ("a crash between delivery and checkpoint", seen.crash_before_checkpoint, 5),
@@ -955,5 +1029,7 @@ fn shares(seen: Seen) -> [(&'static str, bool, u8); 12] {
         ("a batch", seen.batch, 20),
         ("a batch refused", seen.batch_refused, 5),
         ("a crash with a batch in flight", seen.batch_crash, 5),
+        ("a letter sent again", seen.replayed, 5),
+        ("a letter discarded", seen.discarded, 5),
     ]
 }

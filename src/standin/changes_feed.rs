@@ -13,7 +13,7 @@ use serde_json::Value;
 use crate::standin::couch::{FilterFunction, Flavour, State, World};
 use crate::standin::docs::{Document, Refusal, quoted};
 use crate::standin::http::{Answer, ChunkWriter, Request};
-use crate::standin::quirks::take_one;
+use crate::standin::quirks::{SPARED, take_one};
 use crate::standin::routes::{self, Reply, standard_headers};
 use crate::standin::selector;
 use crate::standin::seqs;
@@ -39,7 +39,8 @@ pub(crate) fn answer(world: &World, request: &Request, answer: Answer<'_>) {
             return;
         }
     };
-    let waits = feed.kind != FeedKind::Normal;
+    // Whoever counts open feeds means those of watched databases.
+    let waits = feed.kind != FeedKind::Normal && feed.db != SPARED;
     if waits {
         world.change(|state| state.n_open_feeds += 1);
     }
@@ -120,9 +121,10 @@ impl Feed {
         let filter = open_filter(state, &name, request)?;
         let db = &state.databases[&name];
         let number = |key: &str| request.query_value(key).and_then(|value| value.parse::<u64>().ok());
-        let rewind = take_one(&mut state.quirks.rewinds);
+        let spared = name == SPARED;
+        let rewind = !spared && take_one(&mut state.quirks.rewinds);
         let since = if rewind { "0" } else { request.query_value("since").unwrap_or("0") };
-        if since != "0" && take_one(&mut state.quirks.unknown_seqs) {
+        if since != "0" && !spared && take_one(&mut state.quirks.unknown_seqs) {
             return Err(seqs::unknown(flavour));
         }
         let at = seqs::read(db, flavour, since)?;
@@ -167,7 +169,7 @@ impl Feed {
         if self.kind == FeedKind::Normal {
             headers.push(("ETag", "\"7DYW4RDUP4PDYQHF8EEFMOOV3\""));
         }
-        let left = world.lock().quirks.cut_feeds_after;
+        let left = world.lock().quirks.cut_feeds_after.filter(|_| self.db != SPARED);
         let mut out = Out { writer: answer.stream(200, &headers)?, left };
         if self.kind != FeedKind::Continuous {
             out.write("{\"results\":[\n")?;
@@ -286,7 +288,8 @@ impl Feed {
                     if passes {
                         self.n_rows += 1;
                         let seq = self.row_seq(rng.u32(..));
-                        let null_doc = self.include_docs && take_one(&mut quirks.null_docs);
+                        let null_doc =
+                            self.include_docs && self.db != SPARED && take_one(&mut quirks.null_docs);
                         rows.push_str(&self.row(&seq, &id, doc, null_doc));
                     }
                 }

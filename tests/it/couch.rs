@@ -227,7 +227,8 @@ fn marks_and_checkpoints_live_and_die_with_their_database() {
         let key = StateKey::new([7; 32]);
         let open = |known: Option<&_>| {
             let pause = |_| sys::sleep(Duration::from_millis(10));
-            local_docs::open(&world.server, world.generation, &world.db, "w", &key, known, &pause).unwrap()
+            local_docs::open(&world.server, world.generation, &world.db, "w", &key, known, None, &pause)
+                .unwrap()
         };
         world.put("a", "{}");
         let first = open(None);
@@ -240,6 +241,7 @@ fn marks_and_checkpoints_live_and_die_with_their_database() {
             delivered: Vec::new(),
             time: sys::wall(),
             version: "0.1.0".to_owned(),
+            seek: None,
         };
         let mut rev = None;
         for _ in 0..3 {

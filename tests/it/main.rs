@@ -5,6 +5,9 @@
 mod bad_input;
 mod batches;
 mod cli;
+mod commands;
+mod commands_letters;
+mod commands_look;
 mod configuring;
 mod couch;
 mod docs;

@@ -218,7 +218,7 @@ impl<'a> Shell<'a> {
                 self.out.marked_line("letter", Colour::Red, &text)?;
                 self.dispatch.on_letter(attempt.token, true, now);
             }
-            Action::DeleteLetter(_) => {}
+            Action::DeleteLetter(_) | Action::Replayed(..) => {}
             // Nothing was stored that could be sent again.
             Action::Fetch(_, letter) => self.dispatch.on_fetched(&letter, Fetched::Gone, now),
             Action::StoreCheckpoint(_, position) => {

@@ -1,0 +1,174 @@
+//! Documents `daemon:…` in `state_db`: which daemons are alive, and what they say of their webhooks.
+//!
+//! An ordinary document, because `_local` ones cannot be listed on 1.x. Written at the start and every 30 s with
+//! CouchDB's own time, so that clocks do not matter; deleted at a clean end. One that was not renewed for 90 s is of
+//! a daemon that was killed, as is one of this machine whose process is gone.
+
+use http::Method;
+use serde::{Deserialize, Serialize};
+use serde_json::json;
+use serde_json::value::RawValue;
+
+use crate::couch::client::{Limits, Server, Written, db_path, encoded};
+use crate::couch::refusal::from_json;
+use crate::error::{Context, Kind, Result};
+use crate::pure::snapshot::Statuses;
+use crate::sys;
+
+/// In front of the id of every such document.
+pub const PREFIX: &str = "daemon:";
+/// Without a renewal for so long a daemon is dead, in seconds.
+const STALE_SECONDS: i64 = 90;
+/// And its document is deleted by others after so long, in seconds.
+const FORGOTTEN_SECONDS: i64 = 24 * 3600;
+
+/// A daemon.
+///
+/// `{"_id":"daemon:db1:4711:5f0c12ab","host":"db1","pid":4711,"version":"0.1.0","started_at":"…","renewed_at":"…",
+/// "webhooks":{"orders":{"state":"running",…}}}`
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Daemon {
+    /// [`PREFIX`], host, process, random digits.
+    #[serde(rename = "_id")]
+    pub id: String,
+    /// `None` before the first write.
+    #[serde(rename = "_rev", default, skip_serializing_if = "Option::is_none")]
+    pub rev: Option<String>,
+    /// Name of its machine.
+    pub host: String,
+    /// Process id there.
+    pub pid: u32,
+    /// Version of the program.
+    pub version: String,
+    /// By CouchDB's clock.
+    pub started_at: jiff::Timestamp,
+    /// By CouchDB's clock.
+    pub renewed_at: jiff::Timestamp,
+    /// Webhooks that it runs, or would.
+    #[serde(default)]
+    pub webhooks: Statuses,
+}
+
+impl Daemon {
+    /// This process.
+    pub fn new() -> Daemon {
+        let (host, pid) = (sys::host_name(), std::process::id());
+        let random = u32::from_be_bytes(sys::random_bytes());
+        let now = sys::wall();
+        Daemon {
+            id: format!("{PREFIX}{host}:{pid}:{random:08x}"),
+            rev: None,
+            host,
+            pid,
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            started_at: now,
+            renewed_at: now,
+            webhooks: Statuses::new(),
+        }
+    }
+
+    /// `process 4711 on db1`.
+    pub fn place(&self) -> String {
+        format!("process {} on {}", self.pid, self.host)
+    }
+
+    /// Whether it may still be there, at `now` by CouchDB's clock.
+    pub fn is_alive(&self, now: jiff::Timestamp) -> bool {
+        let gone = self.host == sys::host_name() && !sys::is_process(self.pid);
+        !gone && now.duration_since(self.renewed_at).as_secs() <= STALE_SECONDS
+    }
+}
+
+impl Default for Daemon {
+    fn default() -> Daemon {
+        Daemon::new()
+    }
+}
+
+/// CouchDB's own time; ours where it does not say.
+///
+/// # Errors
+/// As [`Server::request`].
+pub fn server_time(server: &Server) -> Result<jiff::Timestamp> {
+    Ok(server.request(&Method::GET, "/", None, &[])?.date.unwrap_or_else(sys::wall))
+}
+
+/// Says that this daemon is alive.
+///
+/// # Errors
+/// As [`Server::request`].
+pub fn renew(server: &Server, state_db: &str, daemon: &mut Daemon) -> Result<()> {
+    let path = db_path(state_db, &[&daemon.id]);
+    daemon.renewed_at = server_time(server)?;
+    if daemon.rev.is_none() {
+        daemon.started_at = daemon.renewed_at;
+    }
+    let body = serde_json::to_string(daemon).expect("texts and numbers are always JSON");
+    match server.request(&Method::PUT, &path, Some(&body), &[]) {
+        Ok(reply) => {
+            let written: Written = from_json(&reply.body).context(|| format!("PUT {path}"))?;
+            daemon.rev = Some(written.rev);
+            Ok(())
+        }
+        // Somebody took us for dead and deleted it, or CouchDB 1.x was killed and lost it: the next one is new.
+        Err(error) if error.kind() == Kind::Conflict => {
+            let found: Option<Daemon> = server.get_json(&path).ok();
+            daemon.rev = found.and_then(|found| found.rev);
+            Err(error)
+        }
+        Err(error) => Err(error),
+    }
+}
+
+/// Takes back what [`renew`] said; within `limits`, because the process is about to end.
+///
+/// # Errors
+/// As [`Server::request`].
+pub fn end(server: &Server, state_db: &str, daemon: &Daemon, limits: Limits) -> Result<()> {
+    let Some(rev) = &daemon.rev else { return Ok(()) };
+    let path = format!("{}?rev={}", db_path(state_db, &[&daemon.id]), encoded(rev));
+    server.request_within(&Method::DELETE, &path, None, &[], limits).map(drop)
+}
+
+/// All daemons that have such a document, dead ones too, and CouchDB's time.
+///
+/// # Errors
+/// As [`Server::get_json`].
+pub fn list(server: &Server, state_db: &str) -> Result<(Vec<Daemon>, jiff::Timestamp)> {
+    #[derive(Deserialize)]
+    struct Page {
+        rows: Vec<Row>,
+    }
+    #[derive(Deserialize)]
+    struct Row {
+        doc: Option<Box<RawValue>>,
+    }
+    let query = format!(
+        "?include_docs=true&startkey={}&endkey={}",
+        encoded(&json!(PREFIX).to_string()),
+        encoded(&json!(format!("{PREFIX}~")).to_string()),
+    );
+    let path = db_path(state_db, &["_all_docs"]) + &query;
+    let reply = server.request(&Method::GET, &path, None, &[])?;
+    let page: Page = from_json(&reply.body).context(|| format!("GET {path}"))?;
+    let daemons = page.rows.into_iter().filter_map(|row| serde_json::from_str(row.doc?.get()).ok()).collect();
+    Ok((daemons, reply.date.unwrap_or_else(sys::wall)))
+}
+
+/// Deletes the documents of daemons that are dead for sure.
+///
+/// # Errors
+/// As [`Server::request`].
+pub fn delete_dead(server: &Server, state_db: &str) -> Result<()> {
+    let (daemons, now) = list(server, state_db)?;
+    for daemon in daemons {
+        let gone = daemon.host == sys::host_name() && !sys::is_process(daemon.pid);
+        if gone || now.duration_since(daemon.renewed_at).as_secs() > FORGOTTEN_SECONDS {
+            match end(server, state_db, &daemon, Limits::default()) {
+                Err(error) if !matches!(error.kind(), Kind::NotFound | Kind::Conflict) => return Err(error),
+                _ => {}
+            }
+        }
+    }
+    Ok(())
+}

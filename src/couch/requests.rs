@@ -1,0 +1,291 @@
+//! Requests: documents in `state_db` by which a command asks the daemon that runs a webhook to do something.
+//!
+//! Guarantees that a request is on the disk before anybody relies on it, that ids sort by the time they were made,
+//! and that an answer is given once. That the *effect* comes once is the doer's: it is one write of a document that
+//! names the request (`WebhookRecord::requests_done`), or can be done twice without harm.
+
+use http::Method;
+use serde::{Deserialize, Serialize};
+use serde_json::value::RawValue;
+use serde_json::{Map, Value, json};
+
+use crate::couch::client::{Server, Written, db_path, encoded};
+use crate::couch::refusal::from_json;
+use crate::couch::state_db::{DeadLetterClass, FULL_COMMIT, found};
+use crate::error::{Context, Error, Kind, Result};
+use crate::sys;
+
+/// In front of the id of every request.
+pub const PREFIX: &str = "request:";
+/// Requests listed at most; more are never open at a time.
+const LISTED_MAX: usize = 10_000;
+/// Answered requests stay for a day, to be looked at.
+const KEPT_SECONDS: i64 = 24 * 3600;
+/// Tries to answer while others write to the same document.
+const ANSWER_TRIES: u32 = 5;
+
+/// What is asked for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Command {
+    /// Stop reading and delivering, keep the place.
+    Pause,
+    /// End a pause, whatever began it.
+    Resume,
+    /// Go on from another place.
+    Seek,
+    /// Send dead letters again.
+    Replay,
+    /// Delete dead letters.
+    Discard,
+    /// Show attempts as they are made, for a while.
+    Tail,
+}
+
+impl Command {
+    /// The word.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Command::Pause => "pause",
+            Command::Resume => "resume",
+            Command::Seek => "seek",
+            Command::Replay => "replay",
+            Command::Discard => "discard",
+            Command::Tail => "tail",
+        }
+    }
+}
+
+/// How far a request has come.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Progress {
+    /// Not done, or not all of it.
+    Open,
+    /// Done.
+    Done,
+    /// It cannot be done; the answer's `error` says why.
+    Failed,
+}
+
+/// Which dead letters are meant.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+pub struct Letters {
+    /// Of this class alone.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub class: Option<DeadLetterClass>,
+    /// Stored at or after this.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub stored_since: Option<jiff::Timestamp>,
+    /// Stored at or before this: the newest one that was shown to whoever asked. By the clock that wrote the
+    /// letters.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub stored_until: Option<jiff::Timestamp>,
+    /// These alone, by id; empty = all.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub ids: Vec<String>,
+    /// How many there were, for the answer.
+    #[serde(default)]
+    pub n_letters: u64,
+}
+
+/// What a command needs to know.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+pub struct Arguments {
+    /// `pause`: for people.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub reason: Option<String>,
+    /// `seek`: `now`, `0`, or a seq as CouchDB wrote it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub to: Option<Value>,
+    /// `seek`: this database alone.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub db: Option<String>,
+    /// `replay`, `discard`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub letters: Option<Letters>,
+    /// `replay`: also what a newer revision was delivered after.
+    #[serde(default)]
+    pub even_if_superseded: bool,
+    /// `replay`: at most so many a second.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rate: Option<u32>,
+    /// `tail`: grows while somebody looks.
+    #[serde(default)]
+    pub n_renewed: u64,
+}
+
+/// A request.
+///
+/// `{"_id":"request:00001795296608123456-5f0c12ab","webhook":"orders","command":"pause","arguments":{…},
+/// "made_at":"2026-11-21T20:46:41Z","made_by":"anna","state":"done","answer":{…},"done_at":"…"}`
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Request {
+    /// [`PREFIX`], microseconds since 1970 in 20 digits, `-`, random digits.
+    #[serde(rename = "_id")]
+    pub id: String,
+    /// `None` before the first write.
+    #[serde(rename = "_rev", default, skip_serializing_if = "Option::is_none")]
+    pub rev: Option<String>,
+    /// Name of the webhook.
+    pub webhook: String,
+    /// What is asked for.
+    pub command: Command,
+    /// What it needs to know.
+    #[serde(default)]
+    pub arguments: Arguments,
+    /// By the clock of whoever asked.
+    pub made_at: jiff::Timestamp,
+    /// Who asked, for people.
+    #[serde(default)]
+    pub made_by: String,
+    /// How far it has come.
+    pub state: Progress,
+    /// What came of it so far.
+    #[serde(default)]
+    pub answer: Map<String, Value>,
+    /// When that was.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub done_at: Option<jiff::Timestamp>,
+}
+
+impl Request {
+    /// A new one, not written yet.
+    pub fn new(webhook: &str, command: Command, arguments: Arguments, made_by: &str) -> Request {
+        let made_at = sys::wall();
+        let random = u32::from_be_bytes(sys::random_bytes());
+        Request {
+            id: format!("{PREFIX}{:020}-{random:08x}", made_at.as_microsecond()),
+            rev: None,
+            webhook: webhook.to_owned(),
+            command,
+            arguments,
+            made_at,
+            made_by: made_by.to_owned(),
+            state: Progress::Open,
+            answer: Map::new(),
+            done_at: None,
+        }
+    }
+
+    /// From a document's JSON; `None` when it is no request that this version knows.
+    pub fn parse(json: &str) -> Option<Request> {
+        serde_json::from_str(json).ok()
+    }
+}
+
+/// Stores a request; when this returns, it is on the disk.
+///
+/// # Errors
+/// `Conflict` when somebody else wrote it since. Else as [`Server::request`].
+pub fn write(server: &Server, state_db: &str, request: &mut Request) -> Result<()> {
+    let path = db_path(state_db, &[&request.id]);
+    let body = serde_json::to_string(request).expect("a request of texts is always JSON");
+    let reply = server.request(&Method::PUT, &path, Some(&body), &[FULL_COMMIT])?;
+    let written: Written = from_json(&reply.body).context(|| format!("PUT {path}"))?;
+    request.rev = Some(written.rev);
+    Ok(())
+}
+
+/// A request as it is now; `None` when it was deleted.
+///
+/// # Errors
+/// As [`Server::get_json`].
+pub fn read(server: &Server, state_db: &str, id: &str) -> Result<Option<Request>> {
+    let path = db_path(state_db, &[id]);
+    let Some(body) = found(server.request(&Method::GET, &path, None, &[]))? else { return Ok(None) };
+    from_json(&body).map(Some).context(|| format!("GET {path}"))
+}
+
+/// All requests, in the order in which they were made. What is none that this version knows is left out.
+///
+/// # Errors
+/// As [`Server::get_json`].
+pub fn list(server: &Server, state_db: &str) -> Result<Vec<Request>> {
+    #[derive(Deserialize)]
+    struct Page {
+        rows: Vec<Row>,
+    }
+    #[derive(Deserialize)]
+    struct Row {
+        doc: Option<Box<RawValue>>,
+    }
+    let query = format!(
+        "?include_docs=true&limit={LISTED_MAX}&startkey={}&endkey={}",
+        encoded(&json!(PREFIX).to_string()),
+        encoded(&json!(format!("{PREFIX}~")).to_string()),
+    );
+    let page: Page = server.get_json(&(db_path(state_db, &["_all_docs"]) + &query))?;
+    Ok(page.rows.into_iter().filter_map(|row| Request::parse(row.doc?.get())).collect())
+}
+
+/// Writes what came of a request so far, unless it has its last answer already or is gone.
+///
+/// # Errors
+/// `Conflict` when others write to it all the time. Else as [`Server::request`].
+pub fn answer(
+    server: &Server,
+    state_db: &str,
+    id: &str,
+    state: Progress,
+    answer: &Map<String, Value>,
+) -> Result<()> {
+    let mut tries = 0;
+    loop {
+        tries += 1;
+        let Some(mut request) = read(server, state_db, id)? else { return Ok(()) };
+        if request.state != Progress::Open {
+            return Ok(());
+        }
+        request.state = state;
+        request.answer.clone_from(answer);
+        request.done_at = (state != Progress::Open).then(sys::wall);
+        match write(server, state_db, &mut request) {
+            Err(error) if error.kind() == Kind::Conflict && tries < ANSWER_TRIES => {}
+            result => return result,
+        }
+    }
+}
+
+/// Deletes requests that were answered more than a day ago, and tails that nobody ended.
+///
+/// # Errors
+/// As [`Server::request`].
+pub fn delete_old(server: &Server, state_db: &str) -> Result<()> {
+    let now = sys::wall();
+    let is_old = |at: jiff::Timestamp| now.duration_since(at).as_secs() > KEPT_SECONDS;
+    for request in list(server, state_db)? {
+        let over = match request.state {
+            Progress::Open => request.command == Command::Tail && is_old(request.made_at),
+            Progress::Done | Progress::Failed => is_old(request.done_at.unwrap_or(request.made_at)),
+        };
+        if over {
+            delete(server, state_db, &request)?;
+        }
+    }
+    Ok(())
+}
+
+/// Deletes a request; one that is gone, or has changed since, is fine.
+///
+/// # Errors
+/// As [`Server::request`].
+pub fn delete(server: &Server, state_db: &str, request: &Request) -> Result<()> {
+    let rev = request.rev.as_deref().unwrap_or_default();
+    let path = format!("{}?rev={}", db_path(state_db, &[&request.id]), encoded(rev));
+    match server.request(&Method::DELETE, &path, None, &[]) {
+        Err(error) if !matches!(error.kind(), Kind::NotFound | Kind::Conflict) => Err(error),
+        _ => Ok(()),
+    }
+}
+
+/// An answer of one text.
+pub fn text(name: &str, text: impl Into<String>) -> Map<String, Value> {
+    Map::from_iter([(name.to_owned(), Value::String(text.into()))])
+}
+
+/// Why a request failed, for people.
+pub fn error_of(request: &Request) -> Error {
+    let why = request.answer.get("error").and_then(Value::as_str).unwrap_or("no reason was given");
+    Error::new(Kind::BadRequest, why)
+}

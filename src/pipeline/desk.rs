@@ -1,0 +1,493 @@
+//! Where requests come in: follows `state_db`, has them obeyed in order, and says that this daemon is alive.
+//!
+//! ```text
+//! state_db/_changes --> requests:follow --requests--> requests:desk --asks--> daemon (its webhooks)
+//!                                                         '--> couch: records, answers, `daemon:…`
+//! ```
+//!
+//! Guarantees: what counts is a request's document, not the feed: after every lost connection all open ones are
+//! listed; one webhook's requests are obeyed in the order of their ids; one that failed for a passing reason holds
+//! back those behind it and is tried again. Obeying itself is `pipeline::obey`'s.
+
+use std::collections::{HashSet, VecDeque};
+use std::ops::ControlFlow;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, bounded};
+use serde_json::{Map, Value, json};
+
+use crate::config;
+use crate::couch::alive::{self, Daemon};
+use crate::couch::client::Limits;
+use crate::couch::feed::{self, Feed, FeedCloser, FeedKind, FeedRequest};
+use crate::couch::requests::{self, Command, Progress, Request};
+use crate::error::{Error, Kind, Result};
+use crate::pipeline::Shared;
+use crate::pipeline::board::Attempts;
+use crate::pipeline::complaints::{Complaint, Outage};
+use crate::pipeline::dispatcher::Order;
+use crate::pipeline::obey;
+use crate::pure::changes::{Item, RowDoc};
+use crate::sys::{self, Thread};
+
+/// How often the desk looks at the time when nothing comes in.
+const TICK: Duration = Duration::from_millis(500);
+/// Between two tries of a request that failed for a passing reason.
+const AGAIN: Duration = Duration::from_secs(1);
+/// How often the daemon says that it is alive; a third of what makes it dead to others.
+const RENEW: Duration = Duration::from_secs(30);
+/// When a webhook's state is another one it says so earlier, but not again within this.
+const RENEW_MIN: Duration = Duration::from_secs(1);
+/// How often old requests and dead daemons are cleaned away.
+const CLEAN: Duration = Duration::from_secs(3600);
+/// A tail that is not renewed ends after this.
+const TAIL_FOR: Duration = Duration::from_secs(30);
+/// How often a tail's attempts are written.
+const TAIL_EVERY: Duration = Duration::from_secs(1);
+/// A webhook that is started again has ended by then: what it takes to end deliveries, and a little.
+const RESTART_MAX: Duration = Duration::from_secs(10);
+/// For taking back that we are alive; CouchDB may be on its way out itself.
+const END_MAX: Duration = Duration::from_millis(300);
+/// Requests remembered to be answered; one that is forgotten costs a needless start of its webhook at the most.
+const ANSWERED_MAX: usize = 10_000;
+/// A request is no longer than this, in bytes.
+const DOC_BYTES_MAX: usize = 1 << 20;
+/// The feed is dead when it is silent for this much longer than its `timeout`.
+const SILENCE_MARGIN: Duration = Duration::from_secs(10);
+/// Waits after the feed was lost; the last repeats.
+const FOLLOW_AGAIN: [Duration; 3] =
+    [Duration::from_millis(200), Duration::from_secs(1), Duration::from_secs(5)];
+
+/// What the desk asks of the daemon that runs the webhooks.
+#[derive(Debug)]
+pub enum Ask {
+    /// What is configured under this name; `None` when it is not ours.
+    Webhook(String, Sender<Option<config::Webhook>>),
+    /// Ends the webhook's parts and starts them again; the sender is dropped when they have ended.
+    Restart(String, Sender<()>),
+    /// Passes an order to its thread.
+    Order(String, Order),
+}
+
+/// What came in.
+enum Incoming {
+    /// All there are, after a lost connection.
+    Listed(Vec<Request>),
+    /// One was written.
+    Written(Box<Request>),
+    /// One was deleted.
+    Deleted(String),
+    /// The end.
+    Stop,
+}
+
+/// A running desk.
+pub struct Desk {
+    stopping: Arc<AtomicBool>,
+    closer: FeedCloser,
+    to: Sender<Incoming>,
+    ended: Receiver<()>,
+    threads: Vec<Thread>,
+}
+
+impl Desk {
+    /// Starts both threads.
+    ///
+    /// # Errors
+    /// `Io` when no thread can be started.
+    pub fn start(shared: &Shared, asks: Sender<Ask>) -> Result<Desk> {
+        let (to, incoming) = bounded(64);
+        let stopping = Arc::new(AtomicBool::new(false));
+        let feed = Feed::new(&shared.server);
+        let closer = feed.closer();
+        let clerk = Clerk::new(shared, asks);
+        let (end, ended) = bounded(1);
+        let desk = sys::spawn("requests:desk", move || {
+            clerk.run(&incoming);
+            // Nobody waits unless the process is about to end.
+            let _ = end.send(());
+        })?;
+        let follower = Follower { shared: shared.clone(), to: to.clone(), stopping: Arc::clone(&stopping) };
+        let follow = sys::spawn("requests:follow", move || follower.run(feed))?;
+        Ok(Desk { stopping, closer, to, ended, threads: vec![follow, desk] })
+    }
+
+    /// Ends both as soon as they can be woken; gives their threads, and what tells when this daemon is no more alive
+    /// to others: soon, or after 300 ms.
+    pub fn stop(self) -> (Vec<Thread>, Receiver<()>) {
+        self.stopping.store(true, Ordering::SeqCst);
+        self.closer.close();
+        // Full means that it is at work, and finds the end of the channel behind it.
+        let _ = self.to.try_send(Incoming::Stop);
+        (self.threads, self.ended)
+    }
+}
+
+struct Follower {
+    shared: Shared,
+    to: Sender<Incoming>,
+    stopping: Arc<AtomicBool>,
+}
+
+impl Follower {
+    fn run(self, mut feed: Feed) {
+        let (mut n_lost, mut complaint) = (0, Complaint::default());
+        while !self.stopping.load(Ordering::SeqCst) {
+            let Err(error) = self.follow(&mut feed, &mut n_lost, &mut complaint) else { return };
+            if Outage::concerns(&error) {
+                self.shared.outage.say(&error);
+            } else if error.kind() != Kind::Stopped && complaint.is_news(error.kind(), sys::now()) {
+                let state_db = &self.shared.state_db;
+                log::warn!("`{state_db}`: requests of commands cannot be read: {error}; trying again");
+            }
+            let until = sys::now() + FOLLOW_AGAIN[n_lost.min(FOLLOW_AGAIN.len() - 1)];
+            n_lost += 1;
+            while sys::now() < until && !self.stopping.load(Ordering::SeqCst) {
+                sys::sleep(FOLLOW_AGAIN[0]);
+            }
+        }
+    }
+
+    /// Lists what is open, then follows; `Ok` when nobody listens any more.
+    fn follow(&self, feed: &mut Feed, n_lost: &mut usize, complaint: &mut Complaint) -> Result<()> {
+        let Shared { server, state_db, hookd, .. } = &self.shared;
+        let generation = server.welcome()?.generation;
+        // First the place, then the list: what is written in between comes twice, not never.
+        let mut since = feed::resolve_now(server, state_db, generation)?;
+        let listed = requests::list(server, state_db)?;
+        if self.to.send(Incoming::Listed(listed)).is_err() {
+            return Ok(());
+        }
+        (*n_lost, *complaint) = (0, Complaint::default());
+        loop {
+            let request = FeedRequest {
+                db: state_db.clone(),
+                since: since.clone(),
+                kind: FeedKind::Continuous { timeout: hookd.feed_timeout },
+                filter: None,
+                include_docs: true,
+                conflicts: false,
+                doc_bytes_max: DOC_BYTES_MAX,
+                keeps_lines: false,
+                silence: Some(hookd.feed_timeout + SILENCE_MARGIN),
+                deadline: None,
+            };
+            let mut last = None;
+            let mut gone = false;
+            feed.read(&request, &mut |items| {
+                for item in items.drain(..) {
+                    match item {
+                        Item::Row(row) => gone |= self.pass(&row.id, row.deleted, &row.doc).is_err(),
+                        Item::End { last_seq, .. } => last = last_seq,
+                        Item::Fault { .. } => {}
+                    }
+                }
+                if gone { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+            })?;
+            if gone || self.stopping.load(Ordering::SeqCst) {
+                return Ok(());
+            }
+            since = last.ok_or_else(|| Error::new(Kind::Cut, "the feed ended without a place"))?;
+        }
+    }
+
+    fn pass(&self, id: &str, deleted: bool, doc: &RowDoc) -> Result<(), ()> {
+        if !id.starts_with(requests::PREFIX) {
+            return Ok(());
+        }
+        let incoming = match doc {
+            _ if deleted => Incoming::Deleted(id.to_owned()),
+            RowDoc::Json(doc) => match Request::parse(doc.get()) {
+                Some(request) => Incoming::Written(Box::new(request)),
+                None => return Ok(()),
+            },
+            RowDoc::Absent | RowDoc::Null | RowDoc::TooLarge { .. } => return Ok(()),
+        };
+        self.to.send(incoming).map_err(drop)
+    }
+}
+
+/// Somebody who looks on.
+struct Tail {
+    request: String,
+    webhook: String,
+    attempts: Arc<Attempts>,
+    n_renewed: u64,
+    until: Instant,
+    n_written: u64,
+}
+
+/// The desk's own thread.
+struct Clerk {
+    shared: Shared,
+    asks: Sender<Ask>,
+    /// To be obeyed, in order.
+    waiting: VecDeque<Request>,
+    try_at: Instant,
+    /// Answered by us, or before we came: their documents come back through the feed.
+    answered: HashSet<String>,
+    has_listed: bool,
+    tails: Vec<Tail>,
+    tails_at: Instant,
+    complaint: Complaint,
+    daemon: Daemon,
+    began: Instant,
+    renewed_at: Option<Instant>,
+    n_words: u64,
+    cleaned_at: Option<Instant>,
+}
+
+impl Clerk {
+    fn new(shared: &Shared, asks: Sender<Ask>) -> Clerk {
+        let now = sys::now();
+        Clerk {
+            shared: shared.clone(),
+            asks,
+            waiting: VecDeque::new(),
+            try_at: now,
+            answered: HashSet::new(),
+            has_listed: false,
+            tails: Vec::new(),
+            tails_at: now,
+            complaint: Complaint::default(),
+            daemon: Daemon::new(),
+            began: now,
+            renewed_at: None,
+            n_words: 0,
+            cleaned_at: None,
+        }
+    }
+
+    fn run(mut self, incoming: &Receiver<Incoming>) {
+        loop {
+            match incoming.recv_timeout(TICK) {
+                Ok(Incoming::Listed(requests)) => self.on_listed(requests),
+                Ok(Incoming::Written(request)) => self.on_request(*request),
+                Ok(Incoming::Deleted(id)) => self.on_deleted(&id),
+                Ok(Incoming::Stop) | Err(RecvTimeoutError::Disconnected) => break,
+                Err(RecvTimeoutError::Timeout) => {}
+            }
+            let now = sys::now();
+            if now >= self.try_at {
+                self.obey_waiting();
+            }
+            self.show_tails(now);
+            self.say_alive(now);
+            self.clean(now);
+        }
+        let limits = Limits { deadline: Some(END_MAX), ..Limits::default() };
+        if let Err(error) = alive::end(&self.shared.server, &self.shared.state_db, &self.daemon, limits) {
+            log::debug!("`{}` stays: {error}", self.daemon.id);
+        }
+    }
+
+    fn on_listed(&mut self, requests: Vec<Request>) {
+        if !std::mem::replace(&mut self.has_listed, true) {
+            // What was done before we came stands in the records that everything starts from.
+            let done = requests.iter().filter(|request| request.state != Progress::Open);
+            self.answered.extend(done.map(|request| request.id.clone()));
+        }
+        requests.into_iter().for_each(|request| self.on_request(request));
+    }
+
+    fn on_request(&mut self, request: Request) {
+        let restarts = !matches!(request.command, Command::Replay | Command::Tail);
+        if request.state != Progress::Open {
+            // Done by another daemon, or by a command that took us for dead: it counts for us, too.
+            let ours = self.answered.contains(&request.id);
+            if request.state == Progress::Done && restarts && !ours {
+                self.answered.insert(request.id.clone());
+                self.restart(&request.webhook);
+            }
+            return;
+        }
+        if request.command == Command::Tail {
+            self.on_tail(&request);
+        } else if !self.waiting.iter().any(|waiting| waiting.id == request.id)
+            && !self.answered.contains(&request.id)
+        {
+            self.waiting.push_back(request);
+            self.try_at = sys::now();
+        }
+    }
+
+    fn on_deleted(&mut self, id: &str) {
+        self.waiting.retain(|waiting| waiting.id != id);
+        for tail in &mut self.tails {
+            if tail.request == id {
+                tail.until = sys::now();
+            }
+        }
+    }
+
+    /// Obeys what waits; what fails for a passing reason holds back what waits for the same webhook.
+    fn obey_waiting(&mut self) {
+        let mut held: HashSet<String> = HashSet::new();
+        for request in std::mem::take(&mut self.waiting) {
+            if held.contains(&request.webhook) {
+                self.waiting.push_back(request);
+            } else if let Err(error) = self.obey(&request) {
+                if Outage::concerns(&error) {
+                    self.shared.outage.say(&error);
+                } else if error.kind() != Kind::Stopped && self.complaint.is_news(error.kind(), sys::now()) {
+                    let (name, what) = (&request.webhook, request.command.as_str());
+                    log::warn!("webhook `{name}`: cannot {what} now: {error}; trying again");
+                }
+                held.insert(request.webhook.clone());
+                self.waiting.push_back(request);
+            }
+        }
+        self.try_at = sys::now() + AGAIN;
+    }
+
+    fn obey(&mut self, request: &Request) -> Result<()> {
+        // Of another daemon, or of nobody: the command that made it knows.
+        let Some(webhook) = self.find(&request.webhook)? else { return Ok(()) };
+        let Shared { server, state_db, .. } = &self.shared;
+        if request.command == Command::Replay {
+            self.ask(Ask::Order(webhook.name, Order::Replay(Box::new(request.clone()))))?;
+            return Ok(());
+        }
+        let obeyed = obey::obey(&self.shared, &webhook, request)?;
+        if self.answered.len() > ANSWERED_MAX {
+            self.answered.clear();
+        }
+        self.answered.insert(request.id.clone());
+        if obeyed.restart {
+            self.restart(&webhook.name);
+        }
+        if !obeyed.discarded.is_empty() {
+            self.ask(Ask::Order(webhook.name.clone(), Order::Discarded(obeyed.discarded)))?;
+        }
+        let (name, what, by) = (&webhook.name, request.command.as_str(), &request.made_by);
+        match obeyed.state {
+            Progress::Failed => log::warn!("webhook `{name}`: {what} asked for by `{by}` failed"),
+            _ => log::info!("webhook `{name}`: {what}, asked for by `{by}`, is done"),
+        }
+        requests::answer(server, state_db, &request.id, obeyed.state, &obeyed.answer).inspect_err(|_| {
+            // To be answered at the next try; that it was done stands in the record.
+            self.answered.remove(&request.id);
+        })
+    }
+
+    fn find(&self, webhook: &str) -> Result<Option<config::Webhook>> {
+        let (to, found) = bounded(1);
+        self.ask(Ask::Webhook(webhook.to_owned(), to))?;
+        found.recv().map_err(|_| stopped())
+    }
+
+    fn restart(&self, webhook: &str) {
+        let (to, ended) = bounded(1);
+        if self.ask(Ask::Restart(webhook.to_owned(), to)).is_ok() {
+            // Disconnected: it has ended, or we are being stopped.
+            let _ = ended.recv_timeout(RESTART_MAX);
+        }
+    }
+
+    fn ask(&self, ask: Ask) -> Result<()> {
+        self.asks.send(ask).map_err(|_| stopped())
+    }
+
+    // --- Onlookers ---------------------------------------------------------------------------------------
+
+    fn on_tail(&mut self, request: &Request) {
+        let until = sys::now() + TAIL_FOR;
+        let n_renewed = request.arguments.n_renewed;
+        if let Some(tail) = self.tails.iter_mut().find(|tail| tail.request == request.id) {
+            // What we wrote ourselves comes back, too.
+            if n_renewed > tail.n_renewed {
+                (tail.n_renewed, tail.until) = (n_renewed, until);
+            }
+            return;
+        }
+        let is_ours = matches!(self.find(&request.webhook), Ok(Some(_)));
+        if !is_ours || is_old(request) {
+            return;
+        }
+        let attempts = self.shared.board.onlooker(&request.webhook).unwrap_or_default();
+        self.shared.board.set_onlooker(&request.webhook, Some(Arc::clone(&attempts)));
+        let (request, webhook) = (request.id.clone(), request.webhook.clone());
+        // The answer says at once that somebody is there, though nothing may happen for long.
+        self.tails.push(Tail { request, webhook, attempts, n_renewed, until, n_written: u64::MAX });
+        self.tails_at = sys::now();
+    }
+
+    fn show_tails(&mut self, now: Instant) {
+        if self.tails.is_empty() || now < self.tails_at {
+            return;
+        }
+        self.tails_at = now + TAIL_EVERY;
+        let (over, open): (Vec<Tail>, Vec<Tail>) =
+            std::mem::take(&mut self.tails).into_iter().partition(|tail| now >= tail.until);
+        self.tails = open;
+        for tail in &over {
+            if !self.tails.iter().any(|other| other.webhook == tail.webhook) {
+                self.shared.board.set_onlooker(&tail.webhook, None);
+            }
+        }
+        let Shared { server, state_db, .. } = &self.shared;
+        let write = |tail: &Tail, state: Progress| {
+            let (n, attempts) = tail.attempts.last();
+            if n == tail.n_written && state == Progress::Open {
+                return n;
+            }
+            let answer: Map<String, Value> =
+                Map::from_iter([("n".to_owned(), json!(n)), ("attempts".to_owned(), json!(attempts))]);
+            match requests::answer(server, state_db, &tail.request, state, &answer) {
+                Ok(()) => n,
+                // Whoever looks on sees it with the next one.
+                Err(_) => tail.n_written,
+            }
+        };
+        over.iter().for_each(|tail| {
+            let _ = write(tail, Progress::Done);
+        });
+        self.tails.iter_mut().for_each(|tail| tail.n_written = write(tail, Progress::Open));
+    }
+
+    // --- Being alive -------------------------------------------------------------------------------------
+
+    fn say_alive(&mut self, now: Instant) {
+        let (webhooks, n_words) = self.shared.board.look();
+        let due = match self.renewed_at {
+            // Soon after the start: first the webhooks say how they are.
+            None => !webhooks.is_empty() || now >= self.began + RENEW_MIN,
+            Some(at) => now >= at + RENEW || (n_words != self.n_words && now >= at + RENEW_MIN),
+        };
+        if !due {
+            return;
+        }
+        (self.renewed_at, self.n_words) = (Some(now), n_words);
+        self.daemon.webhooks = webhooks;
+        let Shared { server, state_db, .. } = &self.shared;
+        if let Err(error) = alive::renew(server, state_db, &mut self.daemon) {
+            log::debug!("`{}` could not be renewed: {error}", self.daemon.id);
+            // Soon: others take us for dead after three times.
+            self.renewed_at = now.checked_sub(RENEW - RENEW_MIN);
+        }
+    }
+
+    fn clean(&mut self, now: Instant) {
+        if self.cleaned_at.is_some_and(|at| now < at + CLEAN) {
+            return;
+        }
+        self.cleaned_at = Some(now);
+        let Shared { server, state_db, .. } = &self.shared;
+        let cleaned =
+            requests::delete_old(server, state_db).and_then(|()| alive::delete_dead(server, state_db));
+        if let Err(error) = cleaned {
+            log::debug!("`{state_db}`: what is old could not be deleted: {error}");
+        }
+    }
+}
+
+/// Of another hour: whoever looked on is gone.
+fn is_old(request: &Request) -> bool {
+    sys::wall().duration_since(request.made_at).unsigned_abs() > CLEAN
+}
+
+fn stopped() -> Error {
+    Error::new(Kind::Stopped, "stopped")
+}
