@@ -356,7 +356,7 @@ impl Dispatch {
         };
         self.endpoint.on_given_back(token);
         if replay {
-            self.flows[flow].on_finished(token, now);
+            self.end_replay(flow, token, false, now);
             self.rest_suspect(token, now);
         } else {
             self.flows[flow].on_retry(token, now, now);
@@ -656,8 +656,12 @@ impl Dispatch {
         self.suspects.iter().filter(ready).count()
     }
 
-    /// These letters are gone: somebody discarded them. What is in flight comes back as ever.
+    /// These letters are gone: somebody discarded them. What is in flight comes back, and is not sent again.
     pub fn forget_letters(&mut self, gone: &[message::WebhookId]) {
+        for suspect in self.suspects.iter_mut().filter(|suspect| gone.contains(&suspect.letter.id)) {
+            suspect.asked = None;
+            suspect.until = suspect.replay_at;
+        }
         self.suspects
             .retain(|suspect| matches!(suspect.state, Replay::Sent(_)) || !gone.contains(&suspect.letter.id));
         self.count_suspects();
@@ -840,12 +844,28 @@ impl Dispatch {
             && !(self.endpoint.concurrency() == 1 && self.endpoint.is_up() && live_waits)
     }
 
+    /// Closes the lane of a replay. What was told, or is told of by a letter that stays, is finished, with the row of
+    /// the feed that may have joined it. A letter sent in vain at a newer revision says nothing of that one: it is
+    /// the feed's to tell.
+    fn end_replay(&mut self, flow: FlowIndex, token: u64, told: bool, now: Instant) {
+        let sent = |suspect: &&Suspect| matches!(suspect.state, Replay::Sent(t) if t == token);
+        let letter = self.suspects.iter().find(sent).map(|suspect| suspect.letter.id);
+        let flow = &mut self.flows[flow];
+        let Some(pending) = flow.lanes().busy_mut(token) else { return };
+        if told || Some(pending.event.id) == letter {
+            flow.on_finished(token, now);
+        } else if pending.has_row() {
+            flow.on_retry(token, now, now);
+        } else {
+            flow.lanes().finish(token);
+        }
+    }
+
     fn on_replayed(&mut self, flow: FlowIndex, token: u64, outcome: Outcome, at: Moment) {
         let now = at.now;
         let sent = |suspect: &Suspect| matches!(suspect.state, Replay::Sent(t) if t == token);
         let place = self.suspects.iter().position(sent);
-        // Taken or not, its letter is stored: a row that joined it is finished.
-        self.flows[flow].on_finished(token, now);
+        self.end_replay(flow, token, self.endpoint.is_delivered(outcome), now);
         let asked = place.is_some_and(|place| self.suspects[place].asked.is_some());
         let class = self.endpoint.on_replay_outcome(token, outcome, asked, at);
         let Some(place) = place else { return };

@@ -25,6 +25,13 @@ pub struct Pending {
     pub trial: Trial,
 }
 
+impl Pending {
+    /// Whether a row of the feed stands behind it, and not a dead letter alone.
+    pub fn has_row(&self) -> bool {
+        self.ordinal != NO_ORDINAL
+    }
+}
+
 #[derive(Debug, Default)]
 struct Lane {
     /// In flight, or being looked up or stored as a dead letter.
