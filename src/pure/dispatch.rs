@@ -761,6 +761,7 @@ impl Dispatch {
                 continue;
             };
             let superseded = self.flows[flow].is_superseded(event);
+            let is_own = event.id == suspect.letter.id;
             match asked {
                 None if superseded => {
                     self.drop_suspect(at);
@@ -771,7 +772,8 @@ impl Dispatch {
                     at += 1;
                     continue;
                 }
-                Some(asked) if superseded && !asked.even_if_superseded => {
+                // Only the letter's own revision is sent behind a newer one: what was read in its place is just old.
+                Some(asked) if superseded && !(asked.even_if_superseded && is_own) => {
                     self.end_asked(at, Replayed::Superseded(None));
                     continue;
                 }
