@@ -495,8 +495,12 @@ impl World {
         self.delivered.insert(event.id);
         self.first_told.entry(event.id).or_insert(self.n_crashes);
         let doc: usize = event.doc_id[3..].parse().unwrap();
-        // Only what belongs to the database as it is now counts as the last word.
-        if self.id(flow, event) == event.id {
+        // Only what belongs to the database as it is now counts as the last word; and what an operator wants told behind
+        // something newer is his word, not ours.
+        let is_his = attempt.replay
+            && self.asked.get(&event.id).is_some_and(|asked| asked.even_if_superseded)
+            && self.dbs[flow].winner(doc).is_some_and(|winner| winner.rev != event.rev);
+        if self.id(flow, event) == event.id && !is_his {
             self.last_told.insert((flow, doc), event.rev.clone());
         }
         self.delivered_since_checkpoint = true;
