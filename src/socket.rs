@@ -257,3 +257,95 @@ impl Buffers for Buffer {
         !self.unread.is_empty() && self.progress
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::net::TcpListener;
+
+    use ureq::config::Config;
+
+    use super::*;
+
+    /// An agent of these connections, and what a server read at once of each of its requests, answered with `answer`.
+    fn ask(bodies: &[&[u8]], answer: &'static [u8]) -> (Vec<Result<u16, Error>>, Vec<Vec<u8>>) {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let url = format!("http://{}/", listener.local_addr().unwrap());
+        let n_requests = bodies.len();
+        let (to, all_heard) = crossbeam_channel::bounded(1);
+        let server = sys::spawn("server", move || {
+            let mut heard = Vec::new();
+            let (mut stream, _) = listener.accept().unwrap();
+            let mut buffer = vec![0; 1 << 20];
+            while heard.len() < n_requests {
+                let n = stream.read(&mut buffer).unwrap();
+                heard.push(buffer[..n].to_vec());
+                if stream.write_all(answer).is_err() || answer.is_empty() {
+                    break;
+                }
+            }
+            to.send(heard).unwrap();
+        });
+        let config =
+            Config::builder().http_status_as_error(false).timeout_global(Some(Duration::from_secs(20)));
+        let resolver = ureq::unversioned::resolver::DefaultResolver::default();
+        let agent = ureq::Agent::with_parts(config.build(), Sockets::default(), resolver);
+        let send = |body: &&[u8]| {
+            let mut answer = agent.post(&url).send(*body)?;
+            answer.body_mut().read_to_vec()?;
+            Ok(answer.status().as_u16())
+        };
+        let answers = bodies.iter().map(send).collect();
+        server.unwrap().join().unwrap();
+        (answers, all_heard.recv().unwrap())
+    }
+
+    #[test]
+    fn head_and_body_leave_together_and_connections_are_used_again() {
+        let (answers, heard) = ask(&[b"first", b"second"], b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok");
+        assert!(answers.iter().all(|answer| matches!(answer, Ok(200))), "{answers:?}");
+        for (request, body) in heard.iter().zip(["first", "second"]) {
+            let text = String::from_utf8_lossy(request);
+            assert!(
+                text.starts_with("POST / HTTP/1.1\r\n") && text.ends_with(&format!("\r\n\r\n{body}")),
+                "{text}"
+            );
+        }
+    }
+
+    #[test]
+    fn an_end_without_an_answer_is_an_error() {
+        let (answers, _) = ask(&[b"x"], b"");
+        assert!(matches!(answers[0], Err(Error::Io(_))), "{answers:?}");
+    }
+
+    #[test]
+    fn a_limit_is_set_anew_only_when_it_would_be_noticed() {
+        let seconds = |seconds| Some(Duration::from_secs_f64(seconds));
+        let check = |is, wanted, expected| assert_eq!(new_limit(is, wanted), expected, "{is:?} {wanted:?}");
+        check(None, None, None);
+        check(None, seconds(15.0), Some(seconds(15.025)));
+        check(seconds(15.025), seconds(14.999), None);
+        check(seconds(15.025), seconds(14.97), Some(seconds(14.995)));
+        check(seconds(1.0), seconds(15.0), Some(seconds(15.025)));
+        check(seconds(15.0), None, Some(None));
+    }
+
+    #[test]
+    fn what_is_unread_stays_whole_however_it_is_consumed() {
+        let mut buffer = Buffer::new(1, 1);
+        let text: Vec<u8> = (0..100_000_u32).map(|n| n.to_le_bytes()[0]).collect();
+        let (mut given, mut taken) = (0, Vec::new());
+        while taken.len() < text.len() {
+            let room = buffer.input_append_buf();
+            let n = room.len().min(text.len() - given);
+            room[..n].copy_from_slice(&text[given..given + n]);
+            buffer.input_appended(n);
+            given += n;
+            assert!(buffer.tmp_and_output().0.len() >= SCRATCH_MIN);
+            let n = buffer.input().len().div_ceil(3);
+            taken.extend_from_slice(&buffer.input()[..n]);
+            buffer.input_consume(n);
+        }
+        assert_eq!(taken, text);
+    }
+}
