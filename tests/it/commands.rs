@@ -109,7 +109,7 @@ fn request(couch: &StandIn, id: &str) -> Value {
 }
 
 /// Writes a request as a command does.
-fn ask(couch: &StandIn, id: &str, command: &str, arguments: &Value) {
+pub(crate) fn ask(couch: &StandIn, id: &str, command: &str, arguments: &Value) {
     let request = json!({"webhook": "orders", "command": command, "arguments": arguments,
         "made_at": "2026-11-21T20:46:41Z", "made_by": "anna", "state": "open"});
     couch.put(STATE_DB, id, &request).unwrap();
