@@ -2,6 +2,7 @@
 
 use super::*;
 use crate::pure::changes::{Row, RowDoc};
+use crate::pure::format::Format;
 use crate::pure::message::Telling;
 use crate::sys;
 
@@ -25,9 +26,16 @@ fn event(doc_id: &str, rev: &str) -> Event {
         conflicts: false,
         design_docs: false,
         payload_bytes_max: 1 << 20,
+        format: Format::Standard,
     };
-    let row =
-        Row { seq: None, id: doc_id.into(), revs: vec![rev.into()], deleted: false, doc: RowDoc::Absent };
+    let row = Row {
+        seq: None,
+        id: doc_id.into(),
+        revs: vec![rev.into()],
+        deleted: false,
+        doc: RowDoc::Absent,
+        line: None,
+    };
     telling.arrived(row, "mark", jiff::Timestamp::UNIX_EPOCH).event.unwrap()
 }
 
@@ -35,6 +43,9 @@ impl World {
     fn new(concurrency: usize) -> World {
         let settings = Settings {
             concurrency,
+            rate_limit: None,
+            batching: None,
+            delivered_on: &[],
             retry_schedule: vec![Duration::from_secs(1), Duration::from_secs(5)],
             retry_after_max: Duration::from_secs(3600),
             dead_letter_after: 3,
