@@ -120,6 +120,30 @@ pub fn main() -> u8 {
     })
 }
 
+/// The README's reference of commands: a table in Markdown, from the one definition.
+pub fn reference_markdown() -> String {
+    fn rows(command: &clap::Command, before: &str, text: &mut String) {
+        for one in command.get_subcommands().filter(|one| !one.is_hide_set() && one.get_name() != "help") {
+            let name = format!("{before}{}", one.get_name());
+            if one.has_subcommands() {
+                rows(one, &format!("{name} "), text);
+                continue;
+            }
+            let words = one.get_positionals().map(|word| {
+                let value = word.get_value_names().and_then(|names| names.first());
+                let value =
+                    value.map_or_else(|| word.get_id().as_str(), |value| value.as_str()).to_uppercase();
+                if word.is_required_set() { format!(" {value}") } else { format!(" [{value}]") }
+            });
+            let about = one.get_about().map(ToString::to_string).unwrap_or_default();
+            text.push_str(&format!("| `{name}{}` | {about} |\n", words.collect::<String>()));
+        }
+    }
+    let mut text = String::from("| command | |\n|---|---|\n");
+    rows(&<Arguments as clap::CommandFactory>::command(), "", &mut text);
+    text
+}
+
 /// The exit status of what a command came to; says what went wrong.
 fn settle(result: Result<u8>) -> u8 {
     match result {

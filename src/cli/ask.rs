@@ -115,15 +115,17 @@ impl Office {
     ) -> Result<Request> {
         let mut ask_after = sys::now() + PATIENCE;
         let mut said = false;
+        let mut seen = request.answer.clone();
         loop {
             let now = self.read(request)?;
             on_look(&now)?;
             if now.state != Progress::Open {
                 return Ok(now);
             }
-            if !now.answer.is_empty() {
+            if now.answer != seen {
                 // It is at it.
                 ask_after = sys::now() + PATIENCE;
+                seen.clone_from(&now.answer);
             }
             if sys::now() >= ask_after {
                 if self.alive(Some(&webhook.name))?.is_empty() {
@@ -153,7 +155,11 @@ impl Office {
         if request.command == Command::Replay {
             return self.replay_here(request, webhook, on_look);
         }
-        let obeyed = obey::obey(&self.shared, webhook, request)?;
+        let obeyed = obey::obey(&self.shared, webhook, request).inspect_err(|error| {
+            // Whoever asked is told that it failed: no daemon may do it later.
+            let why = requests::text("error", error.to_string());
+            let _ = requests::answer(server, state_db, &request.id, Progress::Failed, &why);
+        })?;
         requests::answer(server, state_db, &request.id, obeyed.state, &obeyed.answer)?;
         requests::delete_old(server, state_db)?;
         self.read(request)

@@ -1,7 +1,7 @@
 //! `status`: how every webhook is, with the daemon up or down, and whether a person is needed.
 //!
 //! Guarantees that what is counted (changes ahead, dead letters) is counted now, from what CouchDB holds; what only a
-//! daemon knows is what it said last, half a minute ago at the most. Changes nothing.
+//! daemon knows it is asked for: a request that is taken back again. Changes nothing else.
 
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -17,15 +17,20 @@ use crate::cli::table::{Cell, Table};
 use crate::config::Webhook;
 use crate::couch::alive::{self, Daemon};
 use crate::couch::letters::{self, Filter};
+use crate::couch::requests::{self, Arguments as Asked, Command, Request};
 use crate::couch::state_db::{self, DeadLetterClass, WebhookRecord};
 use crate::couch::{feed, local_docs};
-use crate::error::{Kind, Result};
+use crate::error::{Error, Kind, Result};
 use crate::pure::seq::Seq;
 use crate::pure::snapshot::{State, WebhookStatus};
 use crate::sys;
 
 /// Changes are counted up to so many where CouchDB does not say how many there are.
 const COUNTED_MAX: u64 = 10_000;
+/// A daemon says how its webhooks are by then; else what it said before has to do.
+const ANSWER_MAX: Duration = Duration::from_secs(3);
+/// How often it is looked whether all have.
+const LOOK_EVERY: Duration = Duration::from_millis(50);
 /// What passes by itself may take so long.
 const PASSING: Duration = Duration::from_secs(300);
 
@@ -92,11 +97,9 @@ pub(crate) fn run(arguments: Arguments, out: &mut Out) -> Result<u8> {
         Some(name) => vec![setup.webhook(name)?],
         None => setup.config.webhooks.iter().collect(),
     };
-    let (server, state_db) = (&setup.server, &setup.config.hookd.state_db);
     // Only to know whether we get in: a state_db that is not there yet is no fault.
-    server.welcome()?;
-    let (mut daemons, now) = or_nothing(alive::list(server, state_db))?.unwrap_or((Vec::new(), sys::wall()));
-    daemons.retain(|daemon| daemon.is_alive(now));
+    setup.server.welcome()?;
+    let (daemons, now) = ask_daemons(&setup)?;
     let letters = count_letters(&setup)?;
     let mut lines = Vec::new();
     for webhook in webhooks {
@@ -120,6 +123,35 @@ pub(crate) fn run(arguments: Arguments, out: &mut Out) -> Result<u8> {
         show(&lines, &daemons, out)?;
     }
     Ok(u8::from(needs))
+}
+
+/// Daemons that are alive, each having said a moment ago how its webhooks are, and CouchDB's time.
+fn ask_daemons(setup: &Setup) -> Result<(Vec<Daemon>, Timestamp)> {
+    let (server, state_db) = (&setup.server, &setup.config.hookd.state_db);
+    let alive = || {
+        let (mut daemons, now) =
+            or_nothing(alive::list(server, state_db))?.unwrap_or((Vec::new(), sys::wall()));
+        daemons.retain(|daemon| daemon.is_alive(now));
+        Ok::<_, Error>((daemons, now))
+    };
+    let (before, now) = alive()?;
+    let mut request = Request::new("", Command::Status, Asked::default(), "");
+    // Who may only read sees what was said last.
+    if before.is_empty() || requests::write(server, state_db, &mut request).is_err() {
+        return Ok((before, now));
+    }
+    let until = sys::now() + ANSWER_MAX;
+    let said = |daemon: &Daemon| before.iter().all(|one| one.id != daemon.id || one.rev != daemon.rev);
+    let daemons = loop {
+        let (daemons, now) = alive()?;
+        if daemons.iter().all(said) || sys::now() >= until {
+            break (daemons, now);
+        }
+        sys::sleep(LOOK_EVERY);
+    };
+    // It is cleaned away by a daemon if this fails.
+    let _ = requests::delete(server, state_db, &request);
+    Ok(daemons)
 }
 
 /// `None` for what is not there.
@@ -236,10 +268,18 @@ impl Line {
     /// What its daemon said.
     fn running(webhook: &Webhook, stored: &Stored, daemon: &Daemon, now: Timestamp) -> Line {
         let status = daemon.webhooks[&webhook.name].clone();
-        let needs = needs_resume(webhook, &stored.record).or_else(|| needs_help(webhook, &status, now));
+        let record = &stored.record;
+        let needs = needs_resume(webhook, record).or_else(|| needs_help(webhook, &status, now));
+        // The record is newer than what was said: a webhook that was just paused is being stopped.
+        let held = [
+            (State::Gone, record.gone_since, &record.gone_reason),
+            (State::Paused, record.paused_since, &record.paused_reason),
+        ];
+        let held = held.into_iter().find_map(|(state, since, why)| Some((state, since?, why.clone())));
+        let (state, since, why) = held.unwrap_or((status.state, status.since, status.why));
         let line = Line {
-            since: Some(status.since),
-            why: status.why,
+            since: Some(since),
+            why,
             daemon: Some(daemon.place()),
             said_at: Some(daemon.renewed_at),
             unfinished: status.unfinished,
@@ -249,7 +289,7 @@ impl Line {
             failure: status.failure,
             next_try: status.next_try,
             needs,
-            ..Line::new(&webhook.name, status.state.as_str())
+            ..Line::new(&webhook.name, state.as_str())
         };
         line.with(stored)
     }
@@ -306,7 +346,7 @@ fn show(lines: &[Line], daemons: &[Daemon], out: &mut Out) -> Result<()> {
         let why = match (&line.why, &line.failure) {
             (Some(why), Some(failure)) if line.state == "down" => format!("{why} ({failure})"),
             (Some(why), _) => why.clone(),
-            (None, _) => line.needs.clone().unwrap_or_default(),
+            (None, _) => String::new(),
         };
         table.row([
             (&line.webhook).into(),

@@ -1,7 +1,7 @@
 //! `test`: one event to a webhook's endpoint, by the way that deliveries take; shows each step and the answer.
 //!
 //! Guarantees that nothing secret is shown, not even in the `curl` line, and that the exit status is 0 only after a
-//! 2xx. Asks CouchDB for nothing (but for its configuration with `--from-couchdb`).
+//! 2xx. After one, a pause that the webhook began itself is ended; else CouchDB is asked for nothing.
 
 use std::time::Duration;
 
@@ -10,6 +10,7 @@ use serde_json::json;
 
 use crate::cli::common::Setup;
 use crate::cli::out::{Colour, Out};
+use crate::cli::pause;
 use crate::cli::run::Source;
 use crate::cli::table::{Cell, Table};
 use crate::daemon::public_source;
@@ -26,7 +27,8 @@ const CLOCK_MAX: Duration = Duration::from_secs(60);
     couch-hookd test orders\n  \
     couch-hookd test orders --config /opt/couchdb/etc/local.ini --json\n\n\
     Sends `webhook.test`, signed as every event. Exit status 0 only when the\n\
-    answer is 2xx. The curl line sends the same again, once what stands as ***\n\
+    answer is 2xx; then a pause after 410 or too many dead letters is ended,\n\
+    too. The curl line sends the same again, once what stands as ***\n\
     is filled in; its signature is good for five minutes.")]
 pub(crate) struct Arguments {
     /// The webhook's name
@@ -48,6 +50,8 @@ pub(crate) fn run(arguments: Arguments, out: &mut Out) -> Result<u8> {
     let body = test_event::body(id, &webhook.name, &source, sys::wall());
     let trial = trial::run(webhook, &id.to_string(), &body)?;
     let taken = trial.outcome.as_ref().is_ok_and(|answer| answer.status.is_success());
+    // An endpoint that was said to be gone is back.
+    let resumed = taken.then(|| pause::end_own_pause(&setup, webhook));
     let endpoint = url::shown(webhook.endpoint.expose());
     if arguments.json {
         out.json(&as_json(&webhook.name, &endpoint, &id.to_string(), &trial))?;
@@ -61,6 +65,16 @@ pub(crate) fn run(arguments: Arguments, out: &mut Out) -> Result<u8> {
     out.line(&format!("webhook `{}`, endpoint {endpoint}", webhook.name))?;
     out.line(&format!("{} {id}, {signed}", test_event::EVENT_TYPE))?;
     show(&trial, out)?;
+    match resumed {
+        Some(Ok(true)) => {
+            out.marked_line("ok", Colour::Green, "its pause is over: it goes on where it stopped")?
+        }
+        Some(Err(error)) => {
+            let text = format!("whether it is paused could not be found out: {error}");
+            out.marked_line("warning", Colour::Yellow, &text)?;
+        }
+        Some(Ok(false)) | None => {}
+    }
     Ok(u8::from(!taken))
 }
 

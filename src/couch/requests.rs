@@ -40,6 +40,8 @@ pub enum Command {
     Discard,
     /// Show attempts as they are made, for a while.
     Tail,
+    /// Every daemon is to say at once how its webhooks are (`couch::alive`). Taken back by whoever asked.
+    Status,
 }
 
 impl Command {
@@ -52,6 +54,7 @@ impl Command {
             Command::Replay => "replay",
             Command::Discard => "discard",
             Command::Tail => "tail",
+            Command::Status => "status",
         }
     }
 }
@@ -247,7 +250,7 @@ pub fn answer(
     }
 }
 
-/// Deletes requests that were answered more than a day ago, and tails that nobody ended.
+/// Deletes requests that were answered more than a day ago, and those of people who looked and never ended it.
 ///
 /// # Errors
 /// As [`Server::request`].
@@ -256,7 +259,9 @@ pub fn delete_old(server: &Server, state_db: &str) -> Result<()> {
     let is_old = |at: jiff::Timestamp| now.duration_since(at).as_secs() > KEPT_SECONDS;
     for request in list(server, state_db)? {
         let over = match request.state {
-            Progress::Open => request.command == Command::Tail && is_old(request.made_at),
+            Progress::Open => {
+                matches!(request.command, Command::Tail | Command::Status) && is_old(request.made_at)
+            }
             Progress::Done | Progress::Failed => is_old(request.done_at.unwrap_or(request.made_at)),
         };
         if over {

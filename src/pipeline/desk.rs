@@ -234,6 +234,8 @@ struct Clerk {
     complaint: Complaint,
     daemon: Daemon,
     began: Instant,
+    /// Somebody wants to know how webhooks are.
+    is_asked: bool,
     renewed_at: Option<Instant>,
     n_words: u64,
     cleaned_at: Option<Instant>,
@@ -254,6 +256,7 @@ impl Clerk {
             complaint: Complaint::default(),
             daemon: Daemon::new(),
             began: now,
+            is_asked: false,
             renewed_at: None,
             n_words: 0,
             cleaned_at: None,
@@ -293,7 +296,7 @@ impl Clerk {
     }
 
     fn on_request(&mut self, request: Request) {
-        let restarts = !matches!(request.command, Command::Replay | Command::Tail);
+        let restarts = !matches!(request.command, Command::Replay | Command::Tail | Command::Status);
         if request.state != Progress::Open {
             // Done by another daemon, or by a command that took us for dead: it counts for us, too.
             let ours = self.answered.contains(&request.id);
@@ -303,7 +306,10 @@ impl Clerk {
             }
             return;
         }
-        if request.command == Command::Tail {
+        if request.command == Command::Status {
+            // Listed at a start: whoever asked is gone.
+            self.is_asked |= !is_old(&request);
+        } else if request.command == Command::Tail {
             self.on_tail(&request);
         } else if !self.waiting.iter().any(|waiting| waiting.id == request.id)
             && !self.answered.contains(&request.id)
@@ -451,7 +457,9 @@ impl Clerk {
 
     fn say_alive(&mut self, now: Instant) {
         let (webhooks, n_words) = self.shared.board.look();
+        let asked = std::mem::take(&mut self.is_asked);
         let due = match self.renewed_at {
+            _ if asked => true,
             // Soon after the start: first the webhooks say how they are.
             None => !webhooks.is_empty() || now >= self.began + RENEW_MIN,
             Some(at) => now >= at + RENEW || (n_words != self.n_words && now >= at + RENEW_MIN),

@@ -54,7 +54,7 @@ pub fn obey(shared: &Shared, webhook: &config::Webhook, request: &Request) -> Re
         Command::Resume => resume(shared, webhook, request),
         Command::Seek => seek(shared, webhook, request),
         Command::Discard => discard(shared, request),
-        Command::Replay | Command::Tail => Ok(Obeyed::failed("is not obeyed here")),
+        Command::Replay | Command::Tail | Command::Status => Ok(Obeyed::failed("is not obeyed here")),
     };
     match obeyed {
         Err(error) if is_passing(&error) => Err(error),

@@ -264,7 +264,7 @@ impl Dispatch {
 
     /// Whether every checkpoint says all that it could.
     pub fn is_stored(&self) -> bool {
-        self.flows.iter().all(Flow::is_stored)
+        self.only_replays || self.flows.iter().all(Flow::is_stored)
     }
 
     /// Makes all checkpoints due that moved.
@@ -706,7 +706,8 @@ impl Dispatch {
     }
 
     fn drop_suspect(&mut self, at: usize) {
-        self.suspects.swap_remove(at);
+        // In their order: an operator sees them go as they were asked for.
+        self.suspects.remove(at);
         self.count_suspects();
     }
 
@@ -911,3 +912,6 @@ fn attempt(token: u64, flow: FlowIndex, event: Arc<Event>, attempt: u32) -> Atte
 fn lane_key(flow: FlowIndex, event: &Event) -> u64 {
     event.doc_key() ^ (flow as u64).rotate_left(48)
 }
+
+#[cfg(test)]
+mod tests;

@@ -109,7 +109,7 @@ fn request(couch: &StandIn, id: &str) -> Value {
 }
 
 /// Writes a request as a command does.
-fn ask(couch: &StandIn, id: &str, command: &str, arguments: &Value) {
+pub(crate) fn ask(couch: &StandIn, id: &str, command: &str, arguments: &Value) {
     let request = json!({"webhook": "orders", "command": command, "arguments": arguments,
         "made_at": "2026-11-21T20:46:41Z", "made_by": "anna", "state": "open"});
     couch.put(STATE_DB, id, &request).unwrap();
@@ -152,19 +152,27 @@ fn pause_keeps_the_place_and_resume_goes_on_whoever_runs() {
         assert_eq!(paused["paused_by"], "anna");
         let before = receiver.look(|record| record.deliveries().len());
         couch.put("orders", "late", &json!({})).unwrap();
+        let mut n_again = 0;
         if mode == "nobody" {
+            let said = desk.say(&["seek", "orders", "--to", "0", "--yes"]);
+            assert!(said.status == 0 && said.err.contains("done here"), "{said:?}");
+            n_again = 5;
             runner.start(&couch, &ini);
         }
         let said = desk.say(&["resume", "orders", "--json"]);
         assert_eq!(said.status, 0, "{mode}: {said:?}");
         let answer: Value = serde_json::from_str(&said.out).unwrap();
         assert_eq!(answer["resumed"], true, "{mode}: {answer}");
-        wait_accepted(&receiver, before + 1);
+        wait_accepted(&receiver, before + 1 + n_again);
         receiver.look(|record| {
-            assert_eq!(record.deliveries().len(), before + 1, "{mode}: nothing is told twice");
-            assert_eq!(record.deliveries()[before].doc_id(), "late");
+            assert_eq!(record.deliveries().len(), before + 1 + n_again, "{mode}: nothing is told twice");
+            assert!(record.accepted_rev("orders", "late").is_some());
         });
         assert_eq!(record(&couch)["paused_since"], Value::Null);
+        let said = desk.say(&["seek", "orders", "--to", "0", "--yes"]);
+        assert!(said.status == 0 && !said.err.contains("done here"), "{mode}: {said:?}");
+        wait_accepted(&receiver, before + 1 + n_again + 6);
+        receiver.look(|record| assert_eq!(record.violations(), [], "{mode}"));
     }
 }
 
@@ -178,10 +186,36 @@ fn resume_ends_what_an_endpoint_that_is_gone_began() {
         seen.winner(STATE_DB, "webhook:orders").is_some_and(|winner| winner.json.contains("gone_since"))
     });
     wait_until_alive(&world.couch);
+    let desk = Desk::new(&Ini::new(&world.couch.url()).webhook("orders", &world.receiver.url(), ""));
+    let said = desk.say(&["test", "orders"]);
+    assert!(said.status == 1 && record(&world.couch)["gone_since"].is_string(), "{said:?}");
+    world.receiver.answer(|_| Reaction::Status(200));
+    desk.done(&["resume", "orders"]);
+    world.wait("all three", |record| {
+        (0..3).all(|i| record.accepted_rev("orders", &format!("d{i}")).is_some())
+    });
+}
+
+#[test]
+fn a_test_that_is_taken_ends_a_pause_that_nobody_asked_for() {
+    let world = World::start(Flavour::V3, "");
+    world.receiver.answer(|_| Reaction::Status(410));
+    write(&world.couch, "orders", 3);
+    world.wait_couch("gone_since in the record", |seen| {
+        seen.winner(STATE_DB, "webhook:orders").is_some_and(|winner| winner.json.contains("gone_since"))
+    });
+    wait_until_alive(&world.couch);
     world.receiver.answer(|_| Reaction::Status(200));
     let desk = Desk::new(&Ini::new(&world.couch.url()).webhook("orders", &world.receiver.url(), ""));
-    desk.done(&["resume", "orders"]);
-    world.wait_for_all("orders");
+    let said = desk.done(&["test", "orders"]);
+    assert!(said.contains("its pause is over"), "{said}");
+    world.wait("all three", |record| {
+        (0..3).all(|i| record.accepted_rev("orders", &format!("d{i}")).is_some())
+    });
+    desk.done(&["pause", "orders"]);
+    let said = desk.done(&["test", "orders"]);
+    assert!(!said.contains("its pause is over"), "one by hand has a reason: {said}");
+    assert!(record(&world.couch)["paused_since"].is_string());
 }
 
 #[test]

@@ -16,6 +16,7 @@ use serde_json::Value;
 fn the_readme_holds_the_current_keys_and_receivers() {
     let mut text = read("README.md");
     text = with_part(&text, "keys", &keys::reference_markdown());
+    text = with_part(&text, "commands", &couch_hookd::cli::reference_markdown());
     for (file, language) in [("receiver.py", "python"), ("receiver.mjs", "js"), ("receiver.php", "php")] {
         let code = read(&format!("docs/verify/{file}"));
         assert!(code.lines().count() <= 26, "{file}: expected a receiver that is read at a glance");

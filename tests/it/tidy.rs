@@ -30,7 +30,12 @@ const IMPORTS: &[(&str, &[&str])] = &[
 ];
 
 /// Files that are tests as a whole, of modules behind `#[cfg(test)]`.
-const TESTS: &[&str] = &["src/pure/simulation.rs", "src/pure/endpoint/tests.rs", "src/pure/flow/tests.rs"];
+const TESTS: &[&str] = &[
+    "src/pure/simulation.rs",
+    "src/pure/dispatch/tests.rs",
+    "src/pure/endpoint/tests.rs",
+    "src/pure/flow/tests.rs",
+];
 
 /// Who makes HTTP requests, and what that needs.
 const UREQ: &[&str] = &[

@@ -1,6 +1,7 @@
 //! Tests that need something nobody here wrote; `tests/run` installs it and runs each module as a part of its own.
 
 pub(crate) mod beam;
+pub(crate) mod beam_commands;
 pub(crate) mod beam_kills;
 pub(crate) mod cloudevents;
 pub(crate) mod couchdb;
