@@ -8,6 +8,7 @@ pub mod couch_config;
 
 use std::collections::{BTreeMap, HashSet};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, Sender, bounded, never, select, tick};
@@ -29,6 +30,7 @@ use crate::pipeline::desk::{Ask, Desk};
 use crate::pipeline::dispatcher::{Order, Running};
 use crate::pipeline::permits::Permits;
 use crate::pure::checkpoint::StateKey;
+use crate::pure::message::Watch;
 use crate::pure::settled::Verdict;
 use crate::pure::url::Url;
 use crate::sys::{self, Thread};
@@ -209,6 +211,9 @@ struct Daemon {
     /// What the desk of the connection asks.
     asks: Sender<Ask>,
     asked: Receiver<Ask>,
+    /// Whether a webhook tells of ourselves; whether it was told that we started.
+    watched: Arc<AtomicBool>,
+    said_started: Arc<AtomicBool>,
     /// Threads of ended webhooks that hang in something; joined when they come back.
     left: Vec<Thread>,
 }
@@ -225,6 +230,8 @@ impl Daemon {
             connection: None,
             slots: BTreeMap::new(),
             checkpoints,
+            watched: Arc::default(),
+            said_started: Arc::default(),
             left: Vec::new(),
         }
     }
@@ -302,6 +309,8 @@ impl Daemon {
         for (name, webhook) in wanted {
             self.slots.insert(name, Slot::new(webhook));
         }
+        let watched = config.webhooks.iter().any(|webhook| webhook.watch == Watch::Daemon);
+        self.watched.store(watched, Ordering::Relaxed);
         let hookd = config.hookd.clone();
         let needed = !config.webhooks.is_empty();
         self.config = Some(config);
@@ -347,6 +356,8 @@ impl Daemon {
         let source = public_source(hookd, connection.server.base_url(), facts.uuid.as_deref());
         let shared = Shared {
             outage: Arc::clone(&connection.outage),
+            watched: Arc::clone(&self.watched),
+            said_started: Arc::clone(&self.said_started),
             ..shared(&connection.server, hookd, facts.key, source, self.checkpoints.clone())
         };
         match Desk::start(&shared, self.asks.clone()) {
@@ -508,6 +519,8 @@ pub(crate) fn shared(
         filtered_pages: Arc::default(),
         outage: Arc::new(Outage::new(server.base_url())),
         board: Arc::default(),
+        watched: Arc::default(),
+        said_started: Arc::default(),
         hookd: Arc::clone(hookd),
     }
 }

@@ -19,7 +19,7 @@ use std::time::{Duration, Instant};
 
 use couch_hookd::pure::changes::{Item, Parser, Shape};
 use couch_hookd::pure::format::Format;
-use couch_hookd::pure::message::Telling;
+use couch_hookd::pure::message::{Telling, Watch};
 use couch_hookd::sys;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
@@ -301,6 +301,7 @@ fn bodies() -> Vec<Vec<u8>> {
         design_docs: false,
         payload_bytes_max: 1 << 20,
         format: Format::Standard,
+        watch: Watch::Changes,
     };
     let body = |item| match item {
         Item::Row(row) => {

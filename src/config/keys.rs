@@ -79,7 +79,7 @@ pub struct Key {
 }
 
 /// Words of `watch` that a later version takes.
-pub const WATCH_LATER: [&str; 3] = ["databases", "replications", "daemon"];
+pub const WATCH_LATER: [&str; 2] = ["databases", "replications"];
 
 /// Keys that a later version takes.
 pub const LATER: [(Section, &str); 3] =
@@ -191,7 +191,12 @@ pub const KEYS: &[Key] = &[
         "60s",
         "How long CouchDB keeps a request open when nothing happens.",
     ),
-    webhook("watch", Kind::Word(&["changes"]), "changes", "What is told."),
+    webhook(
+        "watch",
+        Kind::Word(&["changes", "daemon"]),
+        "changes",
+        "What is told: changes of documents, or events about couch-hookd itself.",
+    ),
     optional(webhook(
         "db",
         Kind::Databases,
@@ -204,7 +209,12 @@ pub const KEYS: &[Key] = &[
         "now",
         "For databases that exist when the webhook first starts: `now`, or `0` for all they hold.",
     ),
-    webhook("events", Kind::Events, "document.*", "Event types: `document.updated`, `document.deleted`."),
+    webhook(
+        "events",
+        Kind::Events,
+        "document.*",
+        "Event types: `document.updated`, `document.deleted`; with `watch = daemon` all of `docs/events.md`, default `*`.",
+    ),
     optional(webhook(
         "selector",
         Kind::JsonObject,

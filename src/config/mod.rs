@@ -25,6 +25,7 @@ use crate::config::keys::Section;
 use crate::pure::dispatch::batches::Batching;
 use crate::pure::format::Format;
 use crate::pure::guard::Guard;
+use crate::pure::message::Watch;
 use crate::pure::rate::RateLimit;
 use crate::pure::secret::Secret;
 use crate::pure::url::Url;
@@ -239,7 +240,9 @@ pub struct Webhook {
     pub name: String,
     /// Endpoint URL; may hold userinfo or a token in its path, so it is a secret.
     pub endpoint: Secret,
-    /// Databases, named singly.
+    /// Where events come from.
+    pub watch: Watch,
+    /// Databases, named singly; with `watch = daemon` it is `state_db`.
     pub db: Vec<String>,
     /// Where to start in the databases that exist when the webhook first starts.
     pub since: Since,

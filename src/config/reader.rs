@@ -87,6 +87,19 @@ impl<'a> Reader<'a> {
         default.map(|default| parse(default).expect("a default in the table is a correct value"))
     }
 
+    /// Reads a value with `parse` whose default is another than the table's here; `None` without one, or with a wrong
+    /// one (reported).
+    pub(crate) fn read_set<T>(&mut self, key: &str, parse: impl Fn(&str) -> Result<T, String>) -> Option<T> {
+        self.defined(key);
+        match parse(self.values.get(key)?.text.expose().trim()) {
+            Ok(parsed) => Some(parsed),
+            Err(why) => {
+                self.error(key, why);
+                None
+            }
+        }
+    }
+
     pub(crate) fn flag(&mut self, key: &str) -> bool {
         self.with_default(key, values::flag)
     }

@@ -119,6 +119,7 @@ fn defaults_are_those_of_the_table() {
                 Webhook {
                     name: "orders",
                     endpoint: ***,
+                    watch: Changes,
                     db: [
                         "orders",
                     ],
@@ -396,6 +397,11 @@ fn faults_of_a_webhook_are_said() {
             "batch_max = 5",
             "batch_max = 501",
             "batch_max = 5\nformat = slack",
+            "watch = daemon",
+            "watch = daemon\nevents = webhook.*, feed.lost",
+            "watch = daemon\nevents = document.*",
+            "watch = daemon\nselector = {}",
+            "watch = daemon\nformat = raw",
             "rate_limit = off",
             "rate_limit = 1000/h",
             "rate_limit = 10",
@@ -415,9 +421,9 @@ fn faults_of_a_webhook_are_said() {
             ""
                 fine
             "watch = replications"
-                watch: `replications` is not available in this version; expected `changes`
+                watch: `replications` is not available in this version; expected `changes` or `daemon`
             "watch = dogs"
-                watch: expected `changes`, got `dogs`
+                watch: expected `changes` or `daemon`, got `dogs`
             "db = tenant-*"
                 db: patterns are not available in this version: expected databases by their names, got `tenant-*`
             "db = orders, !orders-old"
@@ -524,6 +530,16 @@ fn faults_of_a_webhook_are_said() {
                 batch_max: expected a number from 1 to 500, got `501`
             "batch_max = 5\nformat = slack"
                 batch_max: a request with `format = slack` holds one event: expected `batch_max = 1`, or `format = standard` or `format = cloudevents`, got `batch_max = 5`
+            "watch = daemon"
+                fine
+            "watch = daemon\nevents = webhook.*, feed.lost"
+                fine
+            "watch = daemon\nevents = document.*"
+                hookd.ini:5: [hookd.webhook.orders] events: expected types such as `webhook.failing`, `feed.lost`, `daemon.started` or a pattern such as `webhook.*`, got `document.*`
+            "watch = daemon\nselector = {}"
+                hookd.ini:5: [hookd.webhook.orders] selector: has no meaning with `watch = daemon`; delete the line
+            "watch = daemon\nformat = raw"
+                hookd.ini:5: [hookd.webhook.orders] format: expected another format, got `raw`: with `watch = daemon` there is no change line to send
             "rate_limit = off"
                 fine
             "rate_limit = 1000/h"

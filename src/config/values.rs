@@ -8,6 +8,7 @@ use std::time::Duration;
 use serde_json::Value as Json;
 
 use crate::config::keys;
+use crate::pure::about;
 use crate::pure::guard::Network;
 use crate::pure::rate::RateLimit;
 use crate::pure::signature::Key;
@@ -245,6 +246,26 @@ pub(crate) fn events(text: &str) -> Result<Vec<String>, String> {
         if !EVENT_TYPES.iter().any(|event_type| matches_pattern(part, event_type)) {
             return Err(format!(
                 "expected `document.updated`, `document.deleted` or a pattern such as `document.*`, got `{}`",
+                shown(part)
+            ));
+        }
+        all.push(part.to_owned());
+    }
+    if all.is_empty() {
+        Err("expected event types, separated by commas, got none".to_owned())
+    } else {
+        Ok(all)
+    }
+}
+
+/// Types of events about ourselves and patterns of them, separated by commas. Each must match something.
+pub(crate) fn daemon_events(text: &str) -> Result<Vec<String>, String> {
+    let mut all = Vec::new();
+    for part in list(text) {
+        if !about::TYPES.iter().any(|event_type| matches_pattern(part, event_type)) {
+            return Err(format!(
+                "expected types such as `webhook.failing`, `feed.lost`, `daemon.started` or a pattern such as `webhook.*`, \
+                 got `{}`",
                 shown(part)
             ));
         }

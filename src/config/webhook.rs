@@ -15,6 +15,7 @@ use crate::config::{Filter, Hookd, Since, Webhook, values};
 use crate::pure::dispatch::batches::Batching;
 use crate::pure::format::Format;
 use crate::pure::guard::{self, Guard, Level};
+use crate::pure::message::Watch;
 use crate::pure::secret::Secret;
 use crate::pure::url::{self, Url};
 
@@ -37,14 +38,26 @@ pub(crate) fn parse(
     let state_db = hookd.map(|hookd| hookd.state_db.as_str());
     let mut reader = Reader::new(Section::Webhook, Some(name), section);
     let mut found = check_endpoint(name, endpoint);
-    reader.word("watch", &keys::WATCH_LATER);
+    let watch = match reader.word("watch", &keys::WATCH_LATER) {
+        "daemon" => Watch::Daemon,
+        _ => Watch::Changes,
+    };
     let format = Format::parse(reader.word("format", &[])).expect("the table's words are those of formats");
     let webhook = Webhook {
         name: name.to_owned(),
         endpoint: Secret::new(endpoint.text.expose().trim()),
-        db: databases(&mut reader, name, state_db),
+        watch,
+        db: match watch {
+            Watch::Changes => databases(&mut reader, name, state_db),
+            Watch::Daemon => no_databases(&mut reader, state_db, format),
+        },
         since: since(&mut reader),
-        events: reader.with_default("events", values::events),
+        events: match watch {
+            Watch::Changes => reader.with_default("events", values::events),
+            Watch::Daemon => {
+                reader.read_set("events", values::daemon_events).unwrap_or_else(|| vec!["*".to_owned()])
+            }
+        },
         filter: filter(&mut reader),
         include_docs: reader.flag("include_docs"),
         conflicts: reader.flag("conflicts"),
@@ -129,6 +142,34 @@ fn databases(reader: &mut Reader<'_>, name: &str, state_db: Option<&str>) -> Vec
         reader.error("db", format!("without it the webhook's own name counts: {why}"));
         Vec::new()
     })
+}
+
+/// Keys that say which changes of documents are told, and how.
+const OF_CHANGES: [&str; 9] = [
+    "db",
+    "selector",
+    "filter",
+    "filter_params",
+    "doc_ids",
+    "view",
+    "include_docs",
+    "conflicts",
+    "design_docs",
+];
+
+/// Events about ourselves come from `state_db`, and that is that.
+fn no_databases(reader: &mut Reader<'_>, state_db: Option<&str>, format: Format) -> Vec<String> {
+    for key in OF_CHANGES {
+        if reader.is_set(key) {
+            reader.error(key, "has no meaning with `watch = daemon`; delete the line");
+        }
+    }
+    if format == Format::Raw {
+        let message =
+            "expected another format, got `raw`: with `watch = daemon` there is no change line to send";
+        reader.error("format", message);
+    }
+    vec![state_db.unwrap_or_default().to_owned()]
 }
 
 fn since(reader: &mut Reader<'_>) -> Since {

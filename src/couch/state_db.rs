@@ -14,6 +14,7 @@ use serde_json::{Map, Value, json};
 use crate::couch::client::{Reply, Server, Written, db_path, encoded};
 use crate::couch::refusal::from_json;
 use crate::error::{Context, Error, Kind, Result};
+use crate::pure::about::{CONDITION, Condition, Tell};
 use crate::pure::checkpoint::{Mark, Seek, StateKey};
 use crate::sys;
 
@@ -146,6 +147,9 @@ pub struct DeadLetter {
     pub first_attempt_at: jiff::Timestamp,
     /// When it was given up.
     pub stored_at: jiff::Timestamp,
+    /// What would have been told, where no document holds it: `data` of an event about ourselves.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub payload: Option<Box<RawValue>>,
 }
 
 /// Why an event was given up.
@@ -396,6 +400,21 @@ pub fn write_record(
     let reply = server.request(&Method::PUT, &path, Some(&body), &[FULL_COMMIT])?;
     let written: Written = from_json(&reply.body).context(|| format!("PUT {path}"))?;
     Ok(written.rev)
+}
+
+/// Keeps that something became so, unless it is known to be so already.
+///
+/// # Errors
+/// `Conflict` when somebody else wrote at the same time; else as [`Server::request`].
+pub fn store_condition(server: &Server, state_db: &str, tell: &Tell) -> Result<()> {
+    let path = db_path(state_db, &[&format!("{CONDITION}{}", tell.subject)]);
+    let stored = match found(server.request(&Method::GET, &path, None, &[]))? {
+        Some(body) => Some(from_json::<Condition>(&body).context(|| format!("GET {path}"))?),
+        None => None,
+    };
+    let Some(condition) = Condition::after(stored, tell) else { return Ok(()) };
+    let body = serde_json::to_string(&condition).expect("a condition of texts is always JSON");
+    server.request(&Method::PUT, &path, Some(&body), &[FULL_COMMIT]).map(drop)
 }
 
 fn record_path(state_db: &str, webhook: &str) -> String {
@@ -760,6 +779,7 @@ mod tests {
             attempts: 3,
             first_attempt_at: "2026-11-21T20:46:41Z".parse().unwrap(),
             stored_at: "2026-11-21T20:46:51.5Z".parse().unwrap(),
+            payload: None,
         }
     }
 

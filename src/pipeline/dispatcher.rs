@@ -8,13 +8,15 @@ use std::collections::HashMap;
 use std::ops::ControlFlow;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, Sender, bounded, never, select_biased};
+use serde_json::value::RawValue;
 
 use crate::config;
 use crate::couch::requests::Request;
-use crate::couch::state_db::{DeadLetter, DeadLetterClass};
+use crate::couch::state_db::{self, DeadLetter, DeadLetterClass};
 use crate::error::{Kind, Result};
 use crate::pipeline::Shared;
 use crate::pipeline::activation::{self, Active};
@@ -26,11 +28,12 @@ use crate::pipeline::report::{InFlight, Report, Shown};
 use crate::pipeline::store::{Change, Errand, Errant, Store};
 use crate::pipeline::webhook::{Answer, Endpoint, Job};
 use crate::pipeline::workers::Workers;
+use crate::pure::about::{self, Tell};
 use crate::pure::checkpoint::Mark;
 use crate::pure::dispatch::{Action, Attempt, Dispatch, FlowIndex, Notice};
 use crate::pure::endpoint::{self, DownReason, LetterClass, Moment, Outcome, Settings};
 use crate::pure::flow::{self, Flow, Read};
-use crate::pure::message::{Telling, WebhookId};
+use crate::pure::message::{Arrived, Telling, Watch, WebhookId};
 use crate::pure::snapshot::State;
 use crate::pure::table::Table;
 use crate::pure::url;
@@ -209,6 +212,7 @@ fn say_start(shared: &Shared, webhook: &config::Webhook, active: &Active) -> boo
     let name = &webhook.name;
     let databases = webhook.db.join("`, `");
     if let Some(since) = active.record.gone_since {
+        tell_gone(shared, webhook, since);
         log::error!(
             "webhook `{name}` is paused for good: its endpoint said 410 at {since}; `couch-hookd resume {name}` or a \
              change of its section ends that"
@@ -246,7 +250,10 @@ fn say_start(shared: &Shared, webhook: &config::Webhook, active: &Active) -> boo
         shared.board.post_state(name, State::Paused, sys::wall(), Some(why));
         return false;
     }
-    if active.first {
+    if webhook.watch == Watch::Daemon {
+        let first = if active.first { "starts for the first time" } else { "goes on" };
+        log::info!("webhook `{name}` {first}: tells events about couch-hookd itself");
+    } else if active.first {
         let from = match webhook.since {
             config::Since::Now => "from now on",
             config::Since::Beginning => "from their beginning",
@@ -260,6 +267,18 @@ fn say_start(shared: &Shared, webhook: &config::Webhook, active: &Active) -> boo
         log::info!("webhook `{name}` goes on with changes of `{databases}`");
     }
     true
+}
+
+/// Keeps it for webhooks that tell of ourselves, unless that was done when it happened: the daemon may have been
+/// killed between both.
+fn tell_gone(shared: &Shared, webhook: &config::Webhook, since: jiff::Timestamp) {
+    if webhook.watch == Watch::Daemon || !shared.watched.load(Ordering::Relaxed) {
+        return;
+    }
+    let tell = Tell::of_webhook(&webhook.name, about::GONE, since, GONE_TEXT);
+    if let Err(error) = state_db::store_condition(&shared.server, &shared.state_db, &tell) {
+        log::warn!("webhook `{}`: that it is gone could not be kept: {error}", webhook.name);
+    }
 }
 
 /// What the last failure of an event was, for its dead letter.
@@ -301,6 +320,11 @@ struct Dispatcher<'a> {
     bytes: usize,
     stop: Option<Stopping>,
     channels: Channels,
+    tellings: Arc<Vec<Telling>>,
+    /// Whether it was told that deliveries arrive.
+    is_told_up: bool,
+    /// `watch = daemon`: CouchDB itself cannot be reached, and that was told.
+    is_couchdb_lost: bool,
 }
 
 #[derive(Clone, Copy)]
@@ -351,6 +375,9 @@ impl<'a> Dispatcher<'a> {
         let store = Store::start(shared, webhook, tellings.clone(), channels.errants.0.clone())?;
         let tellings = Arc::new(tellings);
         let workers = workers(shared, webhook, &endpoint, &tellings, channels.done.0.clone());
+        if webhook.watch == Watch::Daemon && !shared.said_started.swap(true, Ordering::Relaxed) {
+            store.tell(about::started(env!("CARGO_PKG_VERSION"), sys::wall()));
+        }
         let mut replays = Replays::default();
         active.replays.into_iter().for_each(|request| replays.ask(request));
         Ok(Dispatcher {
@@ -380,6 +407,9 @@ impl<'a> Dispatcher<'a> {
             bytes: 0,
             stop: None,
             channels,
+            tellings,
+            is_told_up: false,
+            is_couchdb_lost: false,
         })
     }
 
@@ -503,6 +533,9 @@ impl<'a> Dispatcher<'a> {
         match answer.outcome {
             _ if is_delivered => {
                 self.failures.remove(&id);
+                if !std::mem::replace(&mut self.is_told_up, true) {
+                    self.tell_webhook(about::RECOVERED, "its endpoint takes events", None);
+                }
                 log::debug!("webhook `{}`: `{id}` delivered", self.webhook.name);
             }
             outcome => {
@@ -575,6 +608,9 @@ impl<'a> Dispatcher<'a> {
                 self.report.feed_opened(flow);
                 self.dispatch.on_opened(flow, opened);
                 self.shared.outage.over();
+                if std::mem::take(&mut self.is_couchdb_lost) {
+                    self.store.tell(about::couchdb_recovered(sys::wall()));
+                }
             }
             Fed::Rows(flow, rows) => self.dispatch.on_rows(flow, rows, now),
             Fed::End { flow, last_seq, pending, closed } => {
@@ -583,6 +619,7 @@ impl<'a> Dispatcher<'a> {
                     self.n_cuts[flow] = 0;
                     if self.complaints[flow].over() {
                         log::info!("{}: reading again", self.place(flow));
+                        self.tell_feed(flow, about::FEED_RECOVERED, "read again");
                     }
                 }
                 self.dispatch.on_end(flow, last_seq, pending, closed, now);
@@ -591,6 +628,9 @@ impl<'a> Dispatcher<'a> {
                 self.report.feed_failed(flow, error.as_ref());
                 if let Some(error) = error.filter(|_| self.stop.is_none()) {
                     self.complain(flow, &error, "");
+                    if self.webhook.watch == Watch::Daemon && Outage::concerns(&error) {
+                        self.tell_couchdb_lost(flow, &error, now);
+                    }
                 }
                 self.dispatch.on_read_failed(flow, fault, now);
             }
@@ -610,11 +650,53 @@ impl<'a> Dispatcher<'a> {
             return;
         }
         let place = self.place(flow);
+        if what.is_empty() && !matches!(error.kind(), Kind::Stopped) {
+            let found = match error.kind() {
+                Kind::NotFound => "it does not exist".to_owned(),
+                _ => error.to_string(),
+            };
+            self.tell_feed(flow, about::FEED_LOST, &found);
+        }
         match error.kind() {
             Kind::NotFound => log::warn!("{place} does not exist; waiting for it"),
             Kind::Timeout | Kind::Cut => log::warn!("{place}: {what}{error}; reconnecting"),
             Kind::Stopped => {}
             _ => log::error!("{place}: {what}{error}; trying again"),
+        }
+    }
+
+    /// Keeps something about this webhook for those that tell of it; never about one of those itself.
+    fn tell_webhook(&self, event_type: &'static str, message: &str, reason: Option<&str>) {
+        if self.is_watched() {
+            let tell = Tell::of_webhook(&self.webhook.name, event_type, sys::wall(), message);
+            self.store.tell(match reason {
+                Some(reason) => tell.with("reason", reason.into()),
+                None => tell,
+            });
+        }
+    }
+
+    fn tell_feed(&self, flow: FlowIndex, event_type: &'static str, message: &str) {
+        if self.is_watched() {
+            let (webhook, db) = (&self.webhook.name, &self.webhook.db[flow]);
+            self.store.tell(Tell::of_feed(webhook, db, event_type, sys::wall(), message));
+        }
+    }
+
+    fn is_watched(&self) -> bool {
+        self.webhook.watch != Watch::Daemon && self.shared.watched.load(Ordering::Relaxed)
+    }
+
+    /// Tells it from memory: there is nothing that it could be kept in.
+    fn tell_couchdb_lost(&mut self, flow: FlowIndex, error: &crate::error::Error, now: Instant) {
+        let Some(mark) = self.dispatch.flow(flow).mark().map(str::to_owned) else { return };
+        if std::mem::replace(&mut self.is_couchdb_lost, true) {
+            return;
+        }
+        let n = u64::from_be_bytes(sys::random_bytes());
+        let event = about::couchdb_lost(&self.tellings[flow], &mark, n, sys::wall(), error.cause());
+        if self.tellings[flow].wants(&event) {
+            self.dispatch.on_rows(flow, vec![Arrived { seq: None, event: Some(event) }], now);
         }
     }
 
@@ -697,10 +779,7 @@ impl<'a> Dispatcher<'a> {
             doc_id: event.doc_id.clone(),
             rev: event.rev.clone(),
             revs: std::iter::once(&event.rev).chain(&event.conflicts).cloned().collect(),
-            seq: event
-                .seq
-                .as_ref()
-                .and_then(|seq| serde_json::value::RawValue::from_string(seq.as_json().to_owned()).ok()),
+            seq: event.seq.as_ref().and_then(|seq| RawValue::from_string(seq.as_json().to_owned()).ok()),
             event_type: event.event_type().to_owned(),
             class: match class {
                 LetterClass::Refused => DeadLetterClass::Refused,
@@ -712,6 +791,10 @@ impl<'a> Dispatcher<'a> {
             attempts: attempt.attempt,
             first_attempt_at: failure.map_or_else(sys::wall, |failure| failure.first),
             stored_at: sys::wall(),
+            payload: event
+                .about
+                .as_ref()
+                .and_then(|about| RawValue::from_string(about.data.to_string()).ok()),
         };
         self.store.order(Errand::Letter(attempt.token, Box::new(letter)));
     }
@@ -730,6 +813,9 @@ impl<'a> Dispatcher<'a> {
                     down_text(reason)
                 );
                 self.report.down(Some(down_text(reason)));
+                self.is_told_up = false;
+                let message = format!("its endpoint {}", down_text(reason));
+                self.tell_webhook(about::FAILING, &message, Some(down_word(reason)));
             }
             Notice::Endpoint(endpoint::Notice::Up) => {
                 log::info!("webhook `{name}`: its endpoint takes events");
@@ -741,11 +827,17 @@ impl<'a> Dispatcher<'a> {
                      kept; `couch-hookd resume {name}` or a change of its section ends that"
                 );
                 self.store.order(Errand::Record(Change::Gone("the endpoint answered 410".to_owned())));
+                self.tell_webhook(about::GONE, GONE_TEXT, None);
             }
             Notice::Flow(flow, flow::Notice::Recreated) => {
                 log::warn!(
                     "{}: database.recreated: it was deleted and created again; reading from its beginning",
                     self.place(flow)
+                );
+                self.tell_feed(
+                    flow,
+                    about::RECREATED,
+                    "it was deleted and created again; read from its beginning",
                 );
             }
             Notice::Flow(flow, flow::Notice::Rewound { pending }) => {
@@ -754,6 +846,8 @@ impl<'a> Dispatcher<'a> {
                      database; what is told again has its first id",
                     self.place(flow)
                 );
+                let message = format!("{pending} changes lie ahead of the checkpoint: CouchDB went back");
+                self.tell_feed(flow, about::FEED_REWOUND, &message);
             }
             Notice::Letter(flow, id, class) => {
                 log::warn!("{}: `{id}` is a dead letter now ({})", self.place(flow), class.as_str());
@@ -879,6 +973,21 @@ fn is_status(outcome: Outcome) -> bool {
     matches!(outcome, Outcome::Status { .. })
 }
 
+/// Of an endpoint that is believed to be gone.
+const GONE_TEXT: &str = "its endpoint said 410 and is gone; paused for good, its place is kept";
+
+/// `reason` in the payload.
+fn down_word(reason: DownReason) -> &'static str {
+    match reason {
+        DownReason::Unreachable => "unreachable",
+        DownReason::RetryAfter => "retry_after",
+        DownReason::Failing => "failing",
+        DownReason::RefusesEverything => "refuses_everything",
+        DownReason::TooManySuspects => "too_many_suspects",
+        DownReason::MaybeGone => "maybe_gone",
+    }
+}
+
 fn down_text(reason: DownReason) -> &'static str {
     match reason {
         DownReason::Unreachable => "cannot be reached",
@@ -919,5 +1028,6 @@ pub(crate) fn telling(source: &str, webhook: &config::Webhook, db: &str) -> Tell
         design_docs: webhook.design_docs,
         payload_bytes_max: webhook.payload_bytes_max,
         format: webhook.format,
+        watch: webhook.watch,
     }
 }

@@ -27,6 +27,7 @@ pub mod webhook;
 pub mod workers;
 
 use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 
 use crate::couch::client::Server;
 use crate::pipeline::board::Board;
@@ -57,6 +58,10 @@ pub struct Shared {
     pub outage: Arc<Outage>,
     /// What webhooks say of themselves.
     pub board: Arc<Board>,
+    /// Whether a webhook tells of ourselves, and so things are to be kept for it.
+    pub watched: Arc<AtomicBool>,
+    /// Whether `daemon.started` was said.
+    pub said_started: Arc<AtomicBool>,
     /// Times of `[hookd]`.
     pub hookd: Arc<crate::config::Hookd>,
 }

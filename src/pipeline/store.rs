@@ -3,7 +3,11 @@
 //! One thread, one errand at a time, in order: dead letters are rare, and a record changes less often still.
 //! Guarantees that what it reports as stored is on CouchDB's disk (`state_db` says how).
 
-use crossbeam_channel::{Receiver, Sender, bounded};
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, bounded};
 use serde_json::{Map, Value};
 
 use crate::config;
@@ -13,17 +17,20 @@ use crate::couch::requests::{self, Progress};
 use crate::couch::state_db::{self, DeadLetter, WebhookRecord};
 use crate::error::{Error, Kind, Result};
 use crate::pipeline::Shared;
+use crate::pure::about::{self, Tell};
 use crate::pure::changes::{Row, RowDoc};
 use crate::pure::checkpoint::Mark;
 use crate::pure::dispatch::{Asked, Fetched, FlowIndex, SuspectLetter};
 use crate::pure::document::Document;
 use crate::pure::endpoint::WINDOW_EVENTS;
 use crate::pure::format::generation;
-use crate::pure::message::{Event, Telling, WebhookId};
+use crate::pure::message::{Event, Telling, Watch, WebhookId};
 use crate::sys::{self, Thread};
 
 /// Errands under way at most: every unfinished event may have one, and a few more for the record.
 const ERRANDS_MAX: usize = 3 * WINDOW_EVENTS;
+/// What is to be told of ourselves and could not be kept is tried again after this.
+const TELL_AGAIN: Duration = Duration::from_secs(2);
 /// Tries to change a record that others change, too.
 const RECORD_TRIES: u32 = 5;
 
@@ -45,6 +52,8 @@ pub enum Errand {
     Answer(String, Progress, Map<String, Value>),
     /// Change the record.
     Record(Change),
+    /// Keep what [`Store::tell`] was given.
+    Tell,
 }
 
 /// A change of the webhook's record.
@@ -72,9 +81,13 @@ pub enum Errant {
     Answered(bool),
 }
 
+/// What is to be kept of a subject, the newest of each.
+type Tells = Arc<Mutex<BTreeMap<String, Tell>>>;
+
 /// A running store.
 pub struct Store {
     errands: Sender<Errand>,
+    tells: Tells,
     thread: Thread,
 }
 
@@ -90,14 +103,26 @@ impl Store {
         to: Sender<Errant>,
     ) -> Result<Store> {
         let (errands, orders) = bounded(ERRANDS_MAX);
-        let state = State { shared: shared.clone(), webhook: webhook.clone(), tellings, to };
+        let tells = Tells::default();
+        let waiting = Arc::clone(&tells);
+        let state = State { shared: shared.clone(), webhook: webhook.clone(), tellings, to, tells: waiting };
         let thread = sys::spawn(&format!("store:{}", webhook.name), move || state.run(&orders))?;
-        Ok(Store { errands, thread })
+        Ok(Store { errands, tells, thread })
     }
 
     /// Orders an errand.
     pub fn order(&self, errand: Errand) {
         self.errands.try_send(errand).expect("the store lives, and has room for an errand of every event");
+    }
+
+    /// Orders that something about ourselves is kept, for webhooks that tell of it; what waits of the same subject is
+    /// replaced, so that there is room whatever CouchDB does.
+    pub fn tell(&self, tell: Tell) {
+        let mut tells = locked(&self.tells);
+        if tells.insert(tell.subject.clone(), tell).is_none() && tells.len() == 1 {
+            drop(tells);
+            self.order(Errand::Tell);
+        }
     }
 
     /// Ends the thread after what it has to do; joined with the value given.
@@ -111,13 +136,26 @@ struct State {
     webhook: config::Webhook,
     tellings: Vec<Telling>,
     to: Sender<Errant>,
+    tells: Tells,
 }
 
 impl State {
     fn run(self, orders: &Receiver<Errand>) {
         let Shared { server, state_db, .. } = &self.shared;
         let place = format!("webhook `{}`", self.webhook.name);
-        while let Ok(errand) = orders.recv() {
+        loop {
+            // What could not be kept is tried again, also when nothing else is to be done.
+            // (Not within the match: its lock would be held while we wait.)
+            let is_idle = locked(&self.tells).is_empty();
+            let next = match is_idle {
+                true => orders.recv().map_err(|_| RecvTimeoutError::Disconnected),
+                false => orders.recv_timeout(TELL_AGAIN),
+            };
+            let errand = match next {
+                Ok(errand) => errand,
+                Err(RecvTimeoutError::Timeout) => Errand::Tell,
+                Err(RecvTimeoutError::Disconnected) => return,
+            };
             let errant = match errand {
                 Errand::LookUp(token, id) => {
                     let found = state_db::dead_letter_exists(server, state_db, &id.to_string());
@@ -155,6 +193,10 @@ impl State {
                     }
                     (state != Progress::Open).then_some(Errant::Answered(answered.is_ok()))
                 }
+                Errand::Tell => {
+                    self.keep_tells();
+                    None
+                }
                 Errand::Record(change) => {
                     let made = change_record(server, state_db, &self.webhook.name, |record| {
                         apply(record, &change);
@@ -167,6 +209,18 @@ impl State {
             };
             if errant.is_some_and(|errant| self.to.send(errant).is_err()) {
                 return;
+            }
+        }
+    }
+
+    /// Keeps what is to be told; what cannot be kept waits, unless something newer of its subject does by then.
+    fn keep_tells(&self) {
+        let Shared { server, state_db, .. } = &self.shared;
+        let tells = std::mem::take(&mut *locked(&self.tells));
+        for (subject, tell) in tells {
+            if let Err(error) = state_db::store_condition(server, state_db, &tell) {
+                log::debug!("{} about `{subject}` could not be kept yet: {error}", tell.event_type);
+                locked(&self.tells).entry(subject).or_insert(tell);
             }
         }
     }
@@ -253,12 +307,20 @@ impl State {
             doc: RowDoc::Json(doc),
             line: None,
         };
+        if telling.watch == Watch::Daemon {
+            // Never the document itself: what it says of us.
+            return Ok(about::event(telling, row, &mark.to_string()));
+        }
         Ok(Some(telling.event(row, &mark.to_string(), sys::wall())))
     }
 }
 
 fn now_or_gone(event: Option<Event>) -> Fetched {
     event.map_or(Fetched::Gone, Fetched::Event)
+}
+
+fn locked(tells: &Tells) -> MutexGuard<'_, BTreeMap<String, Tell>> {
+    tells.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 fn apply(record: &mut WebhookRecord, change: &Change) {

@@ -145,9 +145,10 @@ fn push_cloudevent(out: &mut Vec<u8>, telling: &Telling, event: &Event) {
     push_str(out, if adapters { ",\"type\":\"org.apache.couchdb." } else { ",\"type\":\"couch-hookd." });
     push_str(out, event_type);
     push_str(out, "\",");
-    if is_attribute_text(&event.doc_id) {
+    let subject = event.about.as_ref().map_or(&event.doc_id, |about| &about.subject);
+    if is_attribute_text(subject) {
         push_str(out, "\"subject\":");
-        push_text(out, &event.doc_id);
+        push_text(out, subject);
         out.push(b',');
     }
     push_str(out, "\"time\":\"");
@@ -216,6 +217,14 @@ fn push_raw(out: &mut Vec<u8>, event: &Event) {
 
 /// `{"text":"*document.updated* order:17 in orders, revision 3-9f… (webhook orders)"}`; nothing of the document.
 fn push_slack(out: &mut Vec<u8>, telling: &Telling, event: &Event) {
+    if let Some(about) = &event.about {
+        let text =
+            format!("*{}* {} (webhook {})", about.event_type, slack_text(&about.message), telling.webhook);
+        push_str(out, "{\"text\":");
+        push_text(out, &text);
+        out.push(b'}');
+        return;
+    }
     let text = format!(
         "*{}* {} in {}, revision {} (webhook {})",
         event.event_type(),
@@ -252,6 +261,10 @@ fn slack_text(text: &str) -> String {
 
 /// `{"webhook":"orders","db":"orders","id":"order:17","rev":"3-9f…","generation":3,"deleted":false,"seq":…,"doc":{…}}`
 fn push_data(out: &mut Vec<u8>, telling: &Telling, event: &Event) {
+    if let Some(about) = &event.about {
+        push_str(out, &about.data);
+        return;
+    }
     push_str(out, "{\"webhook\":");
     push_text(out, &telling.webhook);
     push_str(out, ",\"db\":");
@@ -314,6 +327,7 @@ mod tests {
 
     use super::*;
     use crate::pure::changes::{Item, Parser, Row, Shape};
+    use crate::pure::message::Watch;
 
     /// The row of a feed, its text kept.
     fn row(text: &str) -> Row {
@@ -337,6 +351,7 @@ mod tests {
             design_docs: false,
             payload_bytes_max: 1 << 20,
             format,
+            watch: Watch::Changes,
         }
     }
 

@@ -11,6 +11,7 @@ use ring::digest;
 use serde::Deserialize;
 use serde_json::value::RawValue;
 
+use crate::pure::about::{self, About};
 use crate::pure::changes::{Line, Row, RowDoc};
 use crate::pure::document::{Document, Head};
 use crate::pure::format::{self, Format, push_str, push_text};
@@ -93,6 +94,8 @@ pub struct Event {
     pub doc: EventDoc,
     /// The row as CouchDB wrote it, for `format = raw`, where all of it may leave.
     pub line: Option<Box<Line>>,
+    /// What is told in the place of a document's change: something about ourselves.
+    pub about: Option<Box<About>>,
     /// When the row was read.
     pub read_at: Timestamp,
 }
@@ -105,7 +108,11 @@ const DELETED: &str = "document.deleted";
 impl Event {
     /// The type in the payload.
     pub fn event_type(&self) -> &'static str {
-        if self.deleted { DELETED } else { UPDATED }
+        match &self.about {
+            Some(about) => about.event_type,
+            None if self.deleted => DELETED,
+            None => UPDATED,
+        }
     }
 
     /// What it weighs in memory, about, in bytes.
@@ -116,7 +123,8 @@ impl Event {
             EventDoc::Absent | EventDoc::TooLarge(_) | EventDoc::Gone => 0,
         };
         let line = self.line.as_ref().map_or(0, |line| line.bytes());
-        FIXED + self.doc_id.len() + doc + line
+        let about = self.about.as_ref().map_or(0, |about| about.data.len() + about.message.len());
+        FIXED + self.doc_id.len() + doc + line + about
     }
 
     /// What it adds to the body of a batch, in bytes, about: its seq and id stand there twice in some formats.
@@ -128,7 +136,8 @@ impl Event {
         };
         let seq = self.seq.as_ref().map_or(0, |seq| seq.as_json().len());
         let conflicts: usize = self.conflicts.iter().map(|rev| rev.len() + 3).sum();
-        FIXED + 2 * (self.doc_id.len() + seq) + conflicts + doc
+        let about = self.about.as_ref().map_or(0, |about| about.data.len());
+        FIXED + 2 * (self.doc_id.len() + seq) + conflicts + doc + about
     }
 
     /// A number for its document, to key memory with.
@@ -195,6 +204,15 @@ impl Redaction {
     }
 }
 
+/// Where a webhook's events come from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Watch {
+    /// Changes of documents.
+    Changes,
+    /// Ourselves, as `state_db` keeps it.
+    Daemon,
+}
+
 /// What one subscription tells: everything that turns its rows into events and events into bodies.
 #[derive(Debug, Clone)]
 pub struct Telling {
@@ -216,6 +234,8 @@ pub struct Telling {
     pub payload_bytes_max: usize,
     /// Shape of the bodies.
     pub format: Format,
+    /// Where events come from.
+    pub watch: Watch,
 }
 
 impl Telling {
@@ -224,6 +244,10 @@ impl Telling {
         let seq = row.seq.clone();
         if !self.design_docs && row.id.starts_with("_design/") {
             return Arrived { seq, event: None };
+        }
+        if self.watch == Watch::Daemon {
+            let event = about::event(self, row, mark);
+            return Arrived { seq, event: event.filter(|event| self.wants(event)) };
         }
         let event = self.event(row, mark, read_at);
         Arrived { seq, event: self.wants(&event).then_some(event) }
@@ -258,7 +282,7 @@ impl Telling {
         let id = WebhookId::of(&(&self.webhook, &self.db, mark, &doc_id, revisions));
         let doc = self.doc(doc, deleted);
         let line = line.filter(|_| Redaction::of_db(&self.db) == Redaction::None);
-        Event { id, doc_id, rev, conflicts, deleted, seq, doc, line, read_at }
+        Event { id, doc_id, rev, conflicts, deleted, seq, doc, line, about: None, read_at }
     }
 
     fn doc(&self, doc: RowDoc, deleted: bool) -> EventDoc {
@@ -379,6 +403,7 @@ mod tests {
             design_docs: false,
             payload_bytes_max: 1 << 20,
             format: Format::Standard,
+            watch: Watch::Changes,
         }
     }
 

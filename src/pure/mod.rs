@@ -1,5 +1,6 @@
 //! Decisions: values in, values out. No I/O, no clock, no randomness, no threads, no logging.
 
+pub mod about;
 pub mod changes;
 pub mod checkpoint;
 pub mod dispatch;

@@ -16,7 +16,7 @@ use crate::pure::dispatch::{Action, Asked, Attempt, Dispatch, Fetched, Notice, R
 use crate::pure::endpoint::{self, LetterClass, Moment, Outcome, Settings, WINDOW_EVENTS};
 use crate::pure::flow::{Flow, Opened, Position, Read, ReadFault};
 use crate::pure::format::Format;
-use crate::pure::message::{Arrived, Event, Telling, WebhookId};
+use crate::pure::message::{Arrived, Event, Telling, Watch, WebhookId};
 use crate::pure::rate::RateLimit;
 use crate::pure::seq::Seq;
 
@@ -245,6 +245,7 @@ impl World {
             design_docs: false,
             payload_bytes_max: 1 << 20,
             format: Format::Standard,
+            watch: Watch::Changes,
         });
         let now = crate::sys::now();
         let mut poison = HashMap::new();

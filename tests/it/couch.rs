@@ -303,6 +303,7 @@ fn our_own_database_is_closed_and_keeps_records_and_letters() {
             attempts: 3,
             first_attempt_at: sys::wall(),
             stored_at: sys::wall(),
+            payload: None,
         };
         for n in 0..205 {
             state_db::store_dead_letter(server, db, &letter(n)).unwrap();

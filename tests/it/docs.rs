@@ -5,9 +5,10 @@
 use std::path::Path;
 
 use couch_hookd::config::keys;
+use couch_hookd::pure::about;
 use couch_hookd::pure::changes::{Item, Parser, Row, RowDoc, Shape};
 use couch_hookd::pure::format::Format;
-use couch_hookd::pure::message::{Telling, WebhookId};
+use couch_hookd::pure::message::{Telling, Watch, WebhookId};
 use couch_hookd::pure::seq::Seq;
 use expect_test::expect_file;
 use serde_json::Value;
@@ -70,6 +71,26 @@ fn the_examples_of_formats_are_what_the_code_makes() {
         let event = telling.arrived(row.clone(), "83146ee2921be552562ce8f00b98b5b3", at).event.unwrap();
         let made: Value = serde_json::from_slice(&telling.body(&event)).unwrap();
         assert_eq!(made, shown, "{word}");
+    }
+}
+
+#[test]
+fn every_example_about_ourselves_fits_its_schema_and_every_type_is_described() {
+    let text = read("docs/events.md");
+    let schema: Value = serde_json::from_str(&read("docs/daemon-event.schema.json")).unwrap();
+    let examples: Vec<Value> =
+        code_blocks(&text, "json daemon").map(|json| serde_json::from_str(json).unwrap()).collect();
+    assert_eq!(examples.len(), 4);
+    for example in &examples {
+        let mut faults = Vec::new();
+        collect_faults(example, &schema, "", &mut faults);
+        assert_eq!(faults, [""; 0], "{example}");
+    }
+    let listed: Vec<&str> =
+        schema["properties"]["type"]["enum"].as_array().unwrap().iter().filter_map(Value::as_str).collect();
+    assert_eq!(listed, about::TYPES);
+    for event_type in about::TYPES {
+        assert!(text.contains(&format!("| `{event_type}` |")), "{event_type} is not in the table of types");
     }
 }
 
@@ -169,6 +190,7 @@ fn telling() -> Telling {
         design_docs: false,
         payload_bytes_max: 1 << 20,
         format: Format::Standard,
+        watch: Watch::Changes,
     }
 }
 

@@ -10,7 +10,7 @@ use couch_hookd::couch::feed::{Feed, FeedKind, FeedRequest};
 use couch_hookd::pure::changes::Item;
 use couch_hookd::pure::flow::{Flow, Opened, Read};
 use couch_hookd::pure::format::Format;
-use couch_hookd::pure::message::Telling;
+use couch_hookd::pure::message::{Telling, Watch};
 use couch_hookd::standin::couch::{Flavour, StandIn};
 use couch_hookd::standin::quirks::{Fault, FaultKind};
 use couch_hookd::standin::receiver::Receiver;
@@ -136,6 +136,7 @@ fn read_by_sevens(couch: &StandIn, filter: Filter) -> BTreeSet<String> {
         design_docs: false,
         payload_bytes_max: 1024,
         format: Format::Standard,
+        watch: Watch::Changes,
     };
     let mut feed = Feed::new(&Server::new(&hookd).unwrap());
     let mut flow = Flow::new(false, hookd.feed_rotate, hookd.checkpoint_interval);

@@ -2,6 +2,7 @@
 
 #![allow(clippy::unwrap_used, reason = "all of it is test")]
 
+mod about;
 mod bad_input;
 mod batches;
 mod cli;

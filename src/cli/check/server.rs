@@ -16,6 +16,7 @@ use crate::couch::refusal::from_json;
 use crate::couch::state_db;
 use crate::error::{Context, Kind, Result};
 use crate::pure::checkpoint::hex;
+use crate::pure::message::Watch;
 use crate::pure::message::matches;
 use crate::pure::seq::Seq;
 use crate::sys;
@@ -57,7 +58,9 @@ pub(crate) fn check(hookd: &Hookd, webhooks: &[Webhook], report: &mut Report<'_>
     }
     check_state_db(&server, &hookd.state_db, report)?;
     for webhook in webhooks {
-        for db in &webhook.db {
+        // With `watch = daemon` it is `state_db`, which was looked at.
+        let dbs = webhook.db.iter().filter(|_| webhook.watch == Watch::Changes);
+        for db in dbs {
             check_database(&server, generation, webhook, db, report)?;
         }
         if generation > Generation::One {
