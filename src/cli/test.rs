@@ -45,7 +45,7 @@ pub(crate) fn run(arguments: Arguments, out: &mut Out) -> Result<u8> {
     let webhook = setup.webhook(&arguments.name)?;
     let id = test_event::id(&webhook.name, sys::random_bytes());
     let source = public_source(&setup.config.hookd, &setup.config.hookd.couchdb_url, None);
-    let body = test_event::body(id, &webhook.name, &source, sys::wall());
+    let body = test_event::body(webhook.format, id, &webhook.name, &source, sys::wall());
     let trial = trial::run(webhook, &id.to_string(), &body)?;
     let taken = trial.outcome.as_ref().is_ok_and(|answer| answer.status.is_success());
     let endpoint = url::shown(webhook.endpoint.expose());
