@@ -1,17 +1,21 @@
 //! `test`: one event to a webhook's endpoint, by the way that deliveries take; shows each step and the answer.
 //!
 //! Guarantees that nothing secret is shown, not even in the `curl` line, and that the exit status is 0 only after a
-//! 2xx. Asks CouchDB for nothing (but for its configuration with `--from-couchdb`).
+//! 2xx, which also ends a pause. The endpoint is tried without CouchDB; only then CouchDB is asked for a pause.
 
 use std::time::Duration;
 
 use clap::Args;
-use serde_json::json;
+use serde_json::{Value, json};
 
+use crate::cli::ask::Office;
 use crate::cli::common::Setup;
 use crate::cli::out::{Colour, Out};
+use crate::cli::pause::resume_with;
 use crate::cli::run::Source;
 use crate::cli::table::{Cell, Table};
+use crate::config::Webhook;
+use crate::couch::state_db;
 use crate::daemon::public_source;
 use crate::error::Result;
 use crate::pipeline::webhook::trial::{self, Step, Trial};
@@ -26,14 +30,18 @@ const CLOCK_MAX: Duration = Duration::from_secs(60);
     couch-hookd test orders\n  \
     couch-hookd test orders --config /opt/couchdb/etc/local.ini --json\n\n\
     Sends `webhook.test`, signed as every event. Exit status 0 only when the\n\
-    answer is 2xx. The curl line sends the same again, once what stands as ***\n\
-    is filled in; its signature is good for five minutes.")]
+    answer is 2xx, which also ends a pause, whatever made it. The curl line sends\n\
+    the same again, once what stands as *** is filled in; its signature is good\n\
+    for five minutes.")]
 pub(crate) struct Arguments {
     /// The webhook's name
     #[arg(value_name = "NAME")]
     name: String,
     #[command(flatten)]
     source: Source,
+    /// Leave a pause as it is
+    #[arg(long)]
+    keep_paused: bool,
     /// One JSON object: {"webhook":…,"id":…,"steps":[…],"status":…,…}
     #[arg(long)]
     json: bool,
@@ -49,8 +57,17 @@ pub(crate) fn run(arguments: Arguments, out: &mut Out) -> Result<u8> {
     let trial = trial::run(webhook, &id.to_string(), &body)?;
     let taken = trial.outcome.as_ref().is_ok_and(|answer| answer.status.is_success());
     let endpoint = url::shown(webhook.endpoint.expose());
+    let ends = taken && !arguments.keep_paused;
     if arguments.json {
-        out.json(&as_json(&webhook.name, &endpoint, &id.to_string(), &trial))?;
+        let mut said = as_json(&webhook.name, &endpoint, &id.to_string(), &trial);
+        if ends {
+            said["pause"] = match end_pause(&setup, webhook) {
+                Ok(true) => "ended".into(),
+                Ok(false) => "none".into(),
+                Err(error) => error.to_string().into(),
+            };
+        }
+        out.json(&said.to_string())?;
         return Ok(u8::from(!taken));
     }
     let signed = match webhook.secrets.len() {
@@ -61,7 +78,30 @@ pub(crate) fn run(arguments: Arguments, out: &mut Out) -> Result<u8> {
     out.line(&format!("webhook `{}`, endpoint {endpoint}", webhook.name))?;
     out.line(&format!("{} {id}, {signed}", test_event::EVENT_TYPE))?;
     show(&trial, out)?;
+    if ends {
+        match end_pause(&setup, webhook) {
+            Ok(true) => out.line(&format!("webhook `{}` was paused and goes on now", webhook.name))?,
+            Ok(false) => {}
+            Err(error) => {
+                let text = format!("whether it is paused is not known: {error}");
+                out.marked_line("warning", Colour::Yellow, &text)?;
+            }
+        }
+    }
     Ok(u8::from(!taken))
+}
+
+/// Ends a pause, if there is one. One by configuration is for whoever wrote it to end.
+fn end_pause(setup: &Setup, webhook: &Webhook) -> Result<bool> {
+    let record = state_db::read_record(&setup.server, &setup.config.hookd.state_db, &webhook.name)?;
+    let paused = record.is_some_and(|record| record.paused_since.is_some() || record.gone_since.is_some());
+    if !paused || webhook.paused {
+        return Ok(false);
+    }
+    let office = Office::open(setup)?;
+    let resumed = resume_with(&office, webhook);
+    office.close()?;
+    resumed.map(|_| true)
 }
 
 /// The steps, the answer, the clock, the `curl` line.
@@ -124,7 +164,7 @@ fn ms(took: Duration) -> String {
     format!("{:.1} ms", took.as_secs_f64() * 1000.0)
 }
 
-fn as_json(webhook: &str, endpoint: &str, id: &str, trial: &Trial) -> String {
+fn as_json(webhook: &str, endpoint: &str, id: &str, trial: &Trial) -> Value {
     let steps = trial
         .steps
         .iter()
@@ -150,5 +190,5 @@ fn as_json(webhook: &str, endpoint: &str, id: &str, trial: &Trial) -> String {
             all["error"] = why.clone().into();
         }
     }
-    all.to_string()
+    all
 }
