@@ -3,7 +3,7 @@
 //! `ureq`'s own sends a request's head and its body in a write each, sets both time limits of the socket anew for each
 //! of them, and asks in three calls whether a pooled connection is still open: measured, a third of the system
 //! calls of a delivery. Guarantees that what was written is sent before an answer is waited for, and that no call
-//! lasts longer than `ureq`'s limit by more than [`SLACK`]. Uses the part of `ureq`'s interface that may change with a
+//! lasts longer than `ureq`'s limit by more than `SLACK`. Uses the part of `ureq`'s interface that may change with a
 //! minor version; then this stops to build, no more.
 
 use std::io::{self, ErrorKind, Read, Write};

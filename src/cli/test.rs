@@ -1,16 +1,17 @@
 //! `test`: one event to a webhook's endpoint, by the way that deliveries take; shows each step and the answer.
 //!
 //! Guarantees that nothing secret is shown, not even in the `curl` line, and that the exit status is 0 only after a
-//! 2xx. After one, a pause that the webhook began itself is ended; else CouchDB is asked for nothing.
+//! 2xx, which also ends a pause that nobody asked for. The endpoint is tried without CouchDB; only then CouchDB is asked
+//! for a pause.
 
 use std::time::Duration;
 
 use clap::Args;
-use serde_json::json;
+use serde_json::{Value, json};
 
 use crate::cli::common::Setup;
 use crate::cli::out::{Colour, Out};
-use crate::cli::pause;
+use crate::cli::pause::end_own_pause;
 use crate::cli::run::Source;
 use crate::cli::table::{Cell, Table};
 use crate::daemon::public_source;
@@ -27,15 +28,18 @@ const CLOCK_MAX: Duration = Duration::from_secs(60);
     couch-hookd test orders\n  \
     couch-hookd test orders --config /opt/couchdb/etc/local.ini --json\n\n\
     Sends `webhook.test`, signed as every event. Exit status 0 only when the\n\
-    answer is 2xx; then a pause after 410 or too many dead letters is ended,\n\
-    too. The curl line sends the same again, once what stands as ***\n\
-    is filled in; its signature is good for five minutes.")]
+    answer is 2xx, which also ends a pause after 410 or too many dead letters (one\n\
+    by hand stays). The curl line sends the same again, once what stands as *** is\n\
+    filled in; its signature is good for five minutes.")]
 pub(crate) struct Arguments {
     /// The webhook's name
     #[arg(value_name = "NAME")]
     name: String,
     #[command(flatten)]
     source: Source,
+    /// Leave a pause as it is
+    #[arg(long)]
+    keep_paused: bool,
     /// One JSON object: {"webhook":…,"id":…,"steps":[…],"status":…,…}
     #[arg(long)]
     json: bool,
@@ -47,14 +51,21 @@ pub(crate) fn run(arguments: Arguments, out: &mut Out) -> Result<u8> {
     let webhook = setup.webhook(&arguments.name)?;
     let id = test_event::id(&webhook.name, sys::random_bytes());
     let source = public_source(&setup.config.hookd, &setup.config.hookd.couchdb_url, None);
-    let body = test_event::body(id, &webhook.name, &source, sys::wall());
+    let body = test_event::body(webhook.format, id, &webhook.name, &source, sys::wall());
     let trial = trial::run(webhook, &id.to_string(), &body)?;
     let taken = trial.outcome.as_ref().is_ok_and(|answer| answer.status.is_success());
-    // An endpoint that was said to be gone is back.
-    let resumed = taken.then(|| pause::end_own_pause(&setup, webhook));
     let endpoint = url::shown(webhook.endpoint.expose());
+    let ends = taken && !arguments.keep_paused;
     if arguments.json {
-        out.json(&as_json(&webhook.name, &endpoint, &id.to_string(), &trial))?;
+        let mut said = as_json(&webhook.name, &endpoint, &id.to_string(), &trial);
+        if ends {
+            said["pause"] = match end_own_pause(&setup, webhook) {
+                Ok(true) => "ended".into(),
+                Ok(false) => "none".into(),
+                Err(error) => error.to_string().into(),
+            };
+        }
+        out.json(&said.to_string())?;
         return Ok(u8::from(!taken));
     }
     let signed = match webhook.secrets.len() {
@@ -65,15 +76,17 @@ pub(crate) fn run(arguments: Arguments, out: &mut Out) -> Result<u8> {
     out.line(&format!("webhook `{}`, endpoint {endpoint}", webhook.name))?;
     out.line(&format!("{} {id}, {signed}", test_event::EVENT_TYPE))?;
     show(&trial, out)?;
-    match resumed {
-        Some(Ok(true)) => {
-            out.marked_line("ok", Colour::Green, "its pause is over: it goes on where it stopped")?
+    if ends {
+        match end_own_pause(&setup, webhook) {
+            Ok(true) => {
+                out.marked_line("ok", Colour::Green, "its pause is over: it goes on where it stopped")?;
+            }
+            Ok(false) => {}
+            Err(error) => {
+                let text = format!("whether it is paused is not known: {error}");
+                out.marked_line("warning", Colour::Yellow, &text)?;
+            }
         }
-        Some(Err(error)) => {
-            let text = format!("whether it is paused could not be found out: {error}");
-            out.marked_line("warning", Colour::Yellow, &text)?;
-        }
-        Some(Ok(false)) | None => {}
     }
     Ok(u8::from(!taken))
 }
@@ -138,7 +151,7 @@ fn ms(took: Duration) -> String {
     format!("{:.1} ms", took.as_secs_f64() * 1000.0)
 }
 
-fn as_json(webhook: &str, endpoint: &str, id: &str, trial: &Trial) -> String {
+fn as_json(webhook: &str, endpoint: &str, id: &str, trial: &Trial) -> Value {
     let steps = trial
         .steps
         .iter()
@@ -164,5 +177,5 @@ fn as_json(webhook: &str, endpoint: &str, id: &str, trial: &Trial) -> String {
             all["error"] = why.clone().into();
         }
     }
-    all.to_string()
+    all
 }

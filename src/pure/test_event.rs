@@ -1,8 +1,9 @@
 //! `webhook.test`: the event that `couch-hookd test` sends, so that a receiver can be tried without a change in CouchDB.
 
 use jiff::Timestamp;
-use serde::Serialize;
+use serde_json::{Value, json};
 
+use crate::pure::format::Format;
 use crate::pure::message::{Rfc3339, WebhookId};
 
 /// The type in the payload.
@@ -13,25 +14,31 @@ pub fn id(webhook: &str, random: [u8; 16]) -> WebhookId {
     WebhookId::of(&(EVENT_TYPE, webhook, random))
 }
 
-/// The body of the request:
+/// The body of the request in the webhook's format; in `raw`, which knows only CouchDB's own lines, that of `standard`:
 ///
-/// `{"id":"msg_…","type":"webhook.test","timestamp":"2026-11-21T20:46:41.123Z","source":"https://couch.example","data":{"webhook":"orders"}}`
-pub fn body(id: WebhookId, webhook: &str, source: &str, at: Timestamp) -> Vec<u8> {
-    #[derive(Serialize)]
-    struct Body<'a> {
-        id: String,
-        r#type: &'a str,
-        timestamp: String,
-        source: &'a str,
-        data: Data<'a>,
-    }
-    #[derive(Serialize)]
-    struct Data<'a> {
-        webhook: &'a str,
-    }
-    let timestamp = Rfc3339(at).to_string();
-    let body = Body { id: id.to_string(), r#type: EVENT_TYPE, timestamp, source, data: Data { webhook } };
-    serde_json::to_vec(&body).expect("texts serialize")
+/// `{"id":"msg_…","type":"webhook.test","timestamp":"2026-11-21T20:46:41.123Z","source":"https://couch.example","data":
+/// {"webhook":"orders","about":"orders","message":"webhook orders: a test"}}`
+pub fn body(format: Format, id: WebhookId, webhook: &str, source: &str, at: Timestamp) -> Vec<u8> {
+    let (id, at, message) = (id.to_string(), Rfc3339(at).to_string(), format!("webhook {webhook}: a test"));
+    let data = json!({"webhook": webhook, "about": webhook, "message": message});
+    let standard =
+        |name: &str| json!({name: id, "type": EVENT_TYPE, "timestamp": at, "source": source, "data": data});
+    let body: Value = match format {
+        Format::Standard | Format::Raw => standard("id"),
+        Format::CouchdbDoc => standard("_id"),
+        Format::CloudEvents => json!({
+            "specversion": "1.0",
+            "id": id,
+            "source": source,
+            "type": format!("couch-hookd.{EVENT_TYPE}"),
+            "subject": webhook,
+            "time": at,
+            "datacontenttype": "application/json",
+            "data": data,
+        }),
+        Format::Slack => json!({"text": format!("*{EVENT_TYPE}* {message}")}),
+    };
+    body.to_string().into_bytes()
 }
 
 #[cfg(test)]
@@ -39,14 +46,27 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_body_is_that_of_any_event() {
+    fn a_body_is_of_the_webhooks_format() {
         let id = id("orders", [7; 16]);
         let at = "2026-11-21T20:46:41.123456Z".parse().unwrap();
-        let body = String::from_utf8(body(id, "orders", "https://couch.example", at)).unwrap();
-        let expected = format!(
-            r#"{{"id":"{id}","type":"webhook.test","timestamp":"2026-11-21T20:46:41.123Z","source":"https://couch.example","data":{{"webhook":"orders"}}}}"#
+        let body = |format| -> Value {
+            serde_json::from_slice(&body(format, id, "orders", "https://couch.example", at)).unwrap()
+        };
+        let standard = body(Format::Standard);
+        assert_eq!(
+            (&standard["id"], &standard["type"], &standard["timestamp"], &standard["source"]),
+            (
+                &json!(id.to_string()),
+                &json!("webhook.test"),
+                &json!("2026-11-21T20:46:41.123Z"),
+                &json!("https://couch.example")
+            )
         );
-        assert_eq!(body, expected);
+        assert_eq!(standard["data"]["webhook"], "orders");
+        assert_eq!(body(Format::CouchdbDoc)["_id"], standard["id"]);
+        assert_eq!(body(Format::CloudEvents)["type"], "couch-hookd.webhook.test");
+        assert_eq!(body(Format::CloudEvents)["id"], standard["id"]);
+        assert_eq!(body(Format::Slack)["text"], "*webhook.test* webhook orders: a test");
         assert_ne!(super::id("orders", [8; 16]), id);
     }
 }

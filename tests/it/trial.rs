@@ -2,27 +2,22 @@
 
 use std::io::{Read, Write};
 use std::net::TcpListener;
-use std::process::Command;
 
+use couch_hookd::standin::couch::Flavour;
 use couch_hookd::standin::receiver::Reaction;
 use couch_hookd::sys;
 use serde_json::Value;
 
-use crate::world::{CANARY, Dir, Ini, assert_no_secret, receiver, receiver_with};
+use crate::commands::Desk;
+use crate::world::{CANARY, Ini, STATE_DB, World, receiver, receiver_with, write};
 
 /// Exit status and what stands on stdout, stderr behind it.
-fn test(ini: &Ini, arguments: &[&str]) -> (Option<i32>, String) {
-    let dir = Dir::new();
-    let path = dir.path("hookd.ini");
-    std::fs::write(&path, ini.text()).unwrap();
-    let mut command = Command::new(env!("CARGO_BIN_EXE_couch-hookd"));
-    let output = command.args(["test", "orders", "--config"]).arg(path).args(arguments).output().unwrap();
-    let text = String::from_utf8(output.stdout).unwrap() + &String::from_utf8(output.stderr).unwrap();
-    assert_no_secret("test", &text);
-    (output.status.code(), text)
+fn test(ini: &Ini, arguments: &[&str]) -> (i32, String) {
+    let said = Desk::new(ini).say(&[&["test", "orders"], arguments].concat());
+    (said.status, said.out + &said.err)
 }
 
-/// Nobody asks CouchDB for anything.
+/// No CouchDB answers: the endpoint is tried all the same.
 fn ini(endpoint: &str, lines: &str) -> Ini {
     Ini::new("http://127.0.0.1:9").webhook("orders", endpoint, lines)
 }
@@ -30,8 +25,8 @@ fn ini(endpoint: &str, lines: &str) -> Ini {
 #[test]
 fn a_signed_event_arrives_and_every_step_is_timed() {
     let receiver = receiver_with(|options| options.keep_bodies = true);
-    let (status, text) = test(&ini(&receiver.url(), ""), &["--json"]);
-    assert_eq!(status, Some(0), "{text}");
+    let (status, text) = test(&ini(&receiver.url(), ""), &["--json", "--keep-paused"]);
+    assert_eq!(status, 0, "{text}");
     let said: Value = serde_json::from_str(&text).unwrap();
     let steps: Vec<&str> =
         said["steps"].as_array().unwrap().iter().map(|step| step["step"].as_str().unwrap()).collect();
@@ -58,7 +53,7 @@ fn only_2xx_is_success_and_the_answer_is_shown_without_secrets() {
         Reaction::StatusWith { status: 401, headers: Vec::new(), body }
     });
     let (status, text) = test(&ini(&receiver.url(), ""), &[]);
-    assert_eq!(status, Some(1), "{text}");
+    assert_eq!(status, 1, "{text}");
     assert!(text.contains("401 Unauthorized") && text.contains("it says: no such token ***"), "{text}");
     assert!(text.contains("-H 'x-canary: ***'") && text.contains("/***'"), "{text}");
 }
@@ -67,7 +62,7 @@ fn only_2xx_is_success_and_the_answer_is_shown_without_secrets() {
 fn the_step_that_fails_is_named() {
     let check = |endpoint: &str, lines: &str, expected: &str| {
         let (status, text) = test(&ini(endpoint, lines), &["--json"]);
-        assert_eq!(status, Some(1), "{text}");
+        assert_eq!(status, 1, "{text}");
         let said: Value = serde_json::from_str(&text).unwrap();
         let found = format!("{}: {}", said["failed_at"].as_str().unwrap(), said["error"].as_str().unwrap());
         assert!(found.starts_with(expected), "{endpoint}: {found}");
@@ -90,8 +85,9 @@ fn a_clock_that_differs_is_a_finding() {
         let (mut stream, _) = listener.accept().unwrap();
         let mut seen = Vec::new();
         let mut buffer = [0; 4096];
-        while !seen.ends_with(b"}}") {
+        while !seen.ends_with(b"}") {
             let n = stream.read(&mut buffer).unwrap();
+            assert_ne!(n, 0, "expected a body, got its end");
             seen.extend_from_slice(&buffer[..n]);
         }
         let answer =
@@ -100,6 +96,29 @@ fn a_clock_that_differs_is_a_finding() {
     });
     let (status, text) = test(&ini(&endpoint, ""), &[]);
     server.unwrap().join().unwrap();
-    assert_eq!(status, Some(0), "{text}");
+    assert_eq!(status, 0, "{text}");
     assert!(text.contains("warning") && text.contains(" s behind ours; receivers refuse"), "{text}");
+}
+
+#[test]
+fn a_2xx_ends_a_pause_and_nothing_else_does() {
+    let world = World::start(Flavour::V3, "");
+    let receiver = &world.receiver;
+    receiver.answer(|_| Reaction::Status(410));
+    write(&world.couch, "orders", 2);
+    world.wait_couch("gone_since in the record", |seen| {
+        seen.winner(STATE_DB, "webhook:orders").is_some_and(|winner| winner.json.contains("gone_since"))
+    });
+    let ini = Ini::new(&world.couch.url()).webhook("orders", &receiver.url(), "");
+    let (status, text) = test(&ini, &[]);
+    assert_eq!(status, 1, "{text}");
+    receiver.answer(|_| Reaction::Status(200));
+    let (status, text) = test(&ini, &["--keep-paused"]);
+    assert!(status == 0 && !text.contains("its pause is over"), "{text}");
+    let (status, text) = test(&ini, &[]);
+    assert!(status == 0 && text.contains("its pause is over"), "{text}");
+    world.wait_for_all("orders");
+    let (status, text) = test(&ini, &["--json"]);
+    let said: Value = serde_json::from_str(&text).unwrap();
+    assert_eq!((status, &said["pause"]), (0, &Value::from("none")), "{text}");
 }
