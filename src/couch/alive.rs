@@ -172,3 +172,22 @@ pub fn delete_dead(server: &Server, state_db: &str) -> Result<()> {
     }
     Ok(())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_daemon_is_dead_when_it_was_not_renewed_or_its_process_is_gone() {
+        let second = |second: i64| jiff::Timestamp::from_second(second).unwrap();
+        let us = Daemon { renewed_at: second(1_000), ..Daemon::new() };
+        assert!(us.is_alive(second(1_090)) && !us.is_alive(second(1_091)));
+        // Clocks of CouchDB's nodes may differ a little.
+        assert!(us.is_alive(second(990)));
+        // No process has this id: it is above what Linux gives.
+        let killed = Daemon { pid: i32::MAX as u32, ..us.clone() };
+        assert!(!killed.is_alive(second(1_000)));
+        let elsewhere = Daemon { host: format!("not-{}", us.host), ..killed };
+        assert!(elsewhere.is_alive(second(1_000)), "of another machine only the time is known");
+    }
+}

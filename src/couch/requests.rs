@@ -294,3 +294,32 @@ pub fn error_of(request: &Request) -> Error {
     let why = request.answer.get("error").and_then(Value::as_str).unwrap_or("no reason was given");
     Error::new(Kind::BadRequest, why)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_request_comes_back_as_it_was_written_and_ids_sort_by_time() {
+        let letters = Letters { class: Some(DeadLetterClass::GivenUp), n_letters: 7, ..Letters::default() };
+        let arguments = Arguments { letters: Some(letters), rate: Some(50), ..Arguments::default() };
+        let first = Request::new("orders", Command::Replay, arguments, "anna");
+        let json = serde_json::to_string(&first).unwrap();
+        assert_eq!(Request::parse(&json).unwrap(), first);
+        assert!(json.contains(r#""command":"replay""#) && json.contains(r#""class":"given_up""#), "{json}");
+        assert!(json.contains(r#""state":"open""#), "{json}");
+        sys::sleep(std::time::Duration::from_millis(2));
+        let second = Request::new("orders", Command::Pause, Arguments::default(), "");
+        assert!(second.id > first.id && first.id.len() == PREFIX.len() + 20 + 1 + 8, "{}", first.id);
+    }
+
+    #[test]
+    fn what_another_version_wrote_is_read_as_far_as_it_is_known() {
+        let json = r#"{"_id":"request:1-a","_rev":"1-x","webhook":"orders","command":"seek","made_at":
+            "2026-11-21T20:46:41Z","state":"open","arguments":{"to":"42-g1","later":true},"later":1}"#;
+        let request = Request::parse(json).unwrap();
+        assert_eq!((request.arguments.to, request.made_by.as_str()), (Some(json!("42-g1")), ""));
+        assert_eq!(Request::parse(&json.replace("seek", "dance")), None);
+        assert_eq!(Request::parse("{}"), None);
+    }
+}

@@ -42,6 +42,8 @@ const RENEW: Duration = Duration::from_secs(30);
 const RENEW_MIN: Duration = Duration::from_secs(1);
 /// How often old requests and dead daemons are cleaned away.
 const CLEAN: Duration = Duration::from_secs(3600);
+/// The first time: a start has better things to do, above all one of many in a row.
+const CLEAN_FIRST: Duration = Duration::from_secs(10);
 /// A tail that is not renewed ends after this.
 const TAIL_FOR: Duration = Duration::from_secs(30);
 /// How often a tail's attempts are written.
@@ -238,7 +240,7 @@ struct Clerk {
     is_asked: bool,
     renewed_at: Option<Instant>,
     n_words: u64,
-    cleaned_at: Option<Instant>,
+    clean_at: Instant,
 }
 
 impl Clerk {
@@ -259,7 +261,7 @@ impl Clerk {
             is_asked: false,
             renewed_at: None,
             n_words: 0,
-            cleaned_at: None,
+            clean_at: now + CLEAN_FIRST,
         }
     }
 
@@ -478,10 +480,10 @@ impl Clerk {
     }
 
     fn clean(&mut self, now: Instant) {
-        if self.cleaned_at.is_some_and(|at| now < at + CLEAN) {
+        if now < self.clean_at {
             return;
         }
-        self.cleaned_at = Some(now);
+        self.clean_at = now + CLEAN;
         let Shared { server, state_db, .. } = &self.shared;
         let cleaned =
             requests::delete_old(server, state_db).and_then(|()| alive::delete_dead(server, state_db));

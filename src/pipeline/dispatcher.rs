@@ -48,7 +48,7 @@ const UNFILTERED_ROTATE: u32 = 2;
 /// Between two tries to activate a webhook.
 const ACTIVATE_AGAIN: [Duration; 4] =
     [Duration::from_millis(100), Duration::from_millis(500), Duration::from_secs(2), Duration::from_secs(5)];
-/// Orders on their way; a request that finds no room is handed in again.
+/// Orders on their way: a webhook takes them at once, and reads requests that found no room when it starts again.
 const ORDERS_MAX: usize = 16;
 /// Failures remembered for dead letters; more than can be unfinished are forgotten all at once.
 const FAILURES_MAX: usize = 2 * endpoint::WINDOW_EVENTS;

@@ -133,6 +133,10 @@ pub fn places(
     webhook: &config::Webhook,
     arguments: &Arguments,
 ) -> Result<Vec<(String, Seq)>> {
+    if webhook.db.is_empty() {
+        let found = format!("webhook `{}` reads no database: it has no place to set", webhook.name);
+        return Err(Error::new(Kind::BadRequest, found));
+    }
     let generation = shared.server.welcome()?.generation;
     let dbs: Vec<&String> = match &arguments.db {
         None => webhook.db.iter().collect(),

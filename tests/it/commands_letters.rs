@@ -90,10 +90,10 @@ fn one_class_of_many_is_sent_again_while_live_events_flow() {
     let begun = sys::now();
     let listed = desk.done(&["dead-letters", "list", "--webhook", "orders"]);
     println!("{n} dead letters listed in {:?}", begun.elapsed());
-    let third = n / 3;
-    assert!(listed.ends_with(&format!("{n} dead letters: {third} refused, {third} suspect, {third} given_up; {} of them not shown (--limit)\n", n - 100)), "{listed}");
+    let (n_refused, n_suspect, n_given_up) = (n.div_ceil(3), (n + 1) / 3, n / 3);
+    assert!(listed.ends_with(&format!("{n} dead letters: {n_refused} refused, {n_suspect} suspect, {n_given_up} given_up; {} of them not shown (--limit)\n", n - 100)), "{listed}");
     let json = desk.done(&["dead-letters", "list", "--class", "suspect", "--json"]);
-    assert_eq!(json.lines().count(), third);
+    assert_eq!(json.lines().count(), n_suspect);
     assert!(json.lines().all(|line| line.contains("\"class\":\"suspect\"")), "{json}");
     let replay = ["dead-letters", "replay", "--class", "refused", "--rate", "50", "--yes"];
     let command = desk.command(&replay).spawn().unwrap();
@@ -113,7 +113,7 @@ fn one_class_of_many_is_sent_again_while_live_events_flow() {
     let (n_sent, n_stay) = (wanted.len(), superseded.len());
     assert_eq!(output.status.code(), Some(1), "some stay: {out}{err}\n{}", world.transcript());
     assert!(
-        out.contains(&format!("{n_sent} of {third} dead letters delivered; {n_stay} superseded stay")),
+        out.contains(&format!("{n_sent} of {n_refused} dead letters delivered; {n_stay} superseded stay")),
         "{out}"
     );
     assert!(out.contains("superseded by 2-"), "{out}");
@@ -135,8 +135,8 @@ fn one_class_of_many_is_sent_again_while_live_events_flow() {
         assert!(superseded.is_subset(&told), "exactly the old ones, with their ids");
     });
     let said = desk.done(&["dead-letters", "discard", "--class", "suspect", "--yes"]);
-    assert!(said.contains(&format!("{third} dead letters deleted")), "{said}");
-    assert_eq!(letters(&world.couch).len(), third, "the third class is left");
+    assert!(said.contains(&format!("{n_suspect} dead letters deleted")), "{said}");
+    assert_eq!(letters(&world.couch).len(), n_given_up, "the third class is left");
 }
 
 #[test]
@@ -230,6 +230,33 @@ fn without_a_daemon_they_are_sent_from_here_exactly_as_they_were() {
         assert_eq!(desk.done(&["dead-letters", "list"]), "no dead letters\n");
         assert!(desk.say(&["dead-letters", "discard"]).status == 0, "nothing to ask about");
     }
+}
+
+#[test]
+fn more_letters_than_a_page_holds_are_all_listed_and_all_discarded() {
+    let n = if long() { 10_000 } else { 1_500 };
+    let (couch, receiver) = (couch(Flavour::V2, &["orders"]), receiver());
+    let desk = Desk::new(&ini(&couch, &receiver));
+    couch.create_db(STATE_DB);
+    for i in 0..n {
+        letter(&couch, "83146ee2921be552562ce8f00b98b5b3", &format!("d{i}"), "1-a", CLASSES[i % 3]);
+    }
+    let begun = sys::now();
+    let json = desk.done(&["dead-letters", "list", "--json"]);
+    println!("{n} dead letters listed in {:?}", begun.elapsed());
+    let ids: BTreeSet<String> = json
+        .lines()
+        .map(|line| serde_json::from_str::<Value>(line).unwrap()["_id"].as_str().unwrap().to_owned())
+        .collect();
+    assert_eq!((ids.len(), json.lines().count()), (n, n));
+    let begun = sys::now();
+    let said = desk.done(&["dead-letters", "discard", "--limit", "7", "--yes"]);
+    assert!(said.contains("7 dead letters deleted"), "{said}");
+    assert_eq!(letters(&couch).len(), n - 7);
+    let said = desk.done(&["dead-letters", "discard", "--webhook", "orders", "--yes"]);
+    println!("and discarded in {:?}", begun.elapsed());
+    assert!(said.contains(&format!("{} dead letters deleted", n - 7)), "{said}");
+    assert_eq!(letters(&couch).len(), 0);
 }
 
 #[test]
