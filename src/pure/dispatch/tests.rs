@@ -3,7 +3,7 @@
 use super::*;
 use crate::pure::changes::{Row, RowDoc};
 use crate::pure::format::Format;
-use crate::pure::message::Telling;
+use crate::pure::message::{Telling, Watch};
 use crate::sys;
 
 const FLOW: FlowIndex = 0;
@@ -27,6 +27,7 @@ fn event(doc_id: &str, rev: &str) -> Event {
         design_docs: false,
         payload_bytes_max: 1 << 20,
         format: Format::Standard,
+        watch: Watch::Changes,
     };
     let row = Row {
         seq: None,
