@@ -18,6 +18,7 @@ use crate::cli::table::{Cell, Table};
 use crate::config::keys::short;
 use crate::config::{Filter, Webhook};
 use crate::error::Result;
+use crate::pure::message::Watch;
 use crate::pure::{retry, url};
 
 #[derive(Debug, Args)]
@@ -101,6 +102,9 @@ fn facts(webhook: &Webhook) -> Vec<(&'static str, String)> {
 }
 
 fn told(webhook: &Webhook) -> String {
+    if webhook.watch == Watch::Daemon {
+        return format!("`{}` about couch-hookd itself", webhook.events.join("`, `"));
+    }
     let mut text = format!("`{}` of `{}`", webhook.events.join("`, `"), webhook.db.join("`, `"));
     text += &match &webhook.filter {
         None => String::new(),

@@ -7,6 +7,7 @@ use crate::cli::common::Setup;
 use crate::config::finding::Value;
 use crate::config::keys::{self, KEYS, Key, Kind, Section};
 use crate::config::{Webhook, couchdb_url_from};
+use crate::pure::message::Watch;
 use crate::pure::secret::fingerprint;
 use crate::pure::url;
 
@@ -67,7 +68,11 @@ fn setting(
 fn inherited(setup: &Setup, webhook: &Webhook, key: &Key) -> (String, String) {
     let default = || "default".to_owned();
     match (key.section, key.name) {
+        (Section::Webhook, "db") if webhook.watch == Watch::Daemon => {
+            (webhook.db.join(", "), "state_db".to_owned())
+        }
         (Section::Webhook, "db") => (webhook.db.join(", "), "the webhook's name".to_owned()),
+        (Section::Webhook, "events") if webhook.watch == Watch::Daemon => ("*".to_owned(), default()),
         (Section::Webhook, "endpoint_guard" | "endpoint_allow" | "endpoint_deny") => {
             let common = keys::find(Section::Hookd, key.name).expect("the table has both");
             let common = setting(common, "hookd", setup.raw.value("hookd", key.name), || {
