@@ -3,6 +3,9 @@
 use std::io::{Read, Write};
 use std::net::TcpListener;
 
+use couch_hookd::pure::format::Format;
+use couch_hookd::pure::message::WebhookId;
+use couch_hookd::pure::test_event;
 use couch_hookd::standin::couch::Flavour;
 use couch_hookd::standin::receiver::Reaction;
 use couch_hookd::sys;
@@ -25,7 +28,7 @@ fn ini(endpoint: &str, lines: &str) -> Ini {
 #[test]
 fn a_signed_event_arrives_and_every_step_is_timed() {
     let receiver = receiver_with(|options| options.keep_bodies = true);
-    let (status, text) = test(&ini(&receiver.url(), ""), &["--json", "--keep-paused"]);
+    let (status, text) = test(&ini(&receiver.url(), ""), &["--json"]);
     assert_eq!(status, 0, "{text}");
     let said: Value = serde_json::from_str(&text).unwrap();
     let steps: Vec<&str> =
@@ -120,5 +123,17 @@ fn a_2xx_ends_a_pause_and_nothing_else_does() {
     world.wait_for_all("orders");
     let (status, text) = test(&ini, &["--json"]);
     let said: Value = serde_json::from_str(&text).unwrap();
-    assert_eq!((status, &said["pause"]), (0, &Value::from("none")), "{text}");
+    assert_eq!((status, &said["pause"]), (0, &Value::from("none ended")), "{text}");
+}
+
+#[test]
+fn the_documented_event_is_the_one_that_is_sent() {
+    let text = include_str!("../../docs/events.md");
+    let block = text.split("```json test\n").nth(1).unwrap().split("```").next().unwrap();
+    let documented: Value = serde_json::from_str(block).unwrap();
+    let at = documented["timestamp"].as_str().unwrap().parse().unwrap();
+    let source = documented["source"].as_str().unwrap();
+    let id = WebhookId::parse(documented["id"].as_str().unwrap()).unwrap();
+    let sent = test_event::body(Format::Standard, id, "orders", source, at);
+    assert_eq!(serde_json::from_slice::<Value>(&sent).unwrap(), documented);
 }
