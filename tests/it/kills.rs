@@ -162,7 +162,8 @@ fn median(mut numbers: Vec<usize>) -> usize {
 
 #[test]
 fn the_checkpoint_moves_however_often_we_are_killed() {
-    let killing = Duration::from_secs(if long() { 60 } else { 6 });
+    const MOVES_MIN: usize = 5;
+    let killing = Duration::from_secs(if long() { 60 } else { 4 });
     let couch = couch(Flavour::V1, &["orders"]);
     let receiver = receiver();
     // Slower than what is written: never idle, when a checkpoint is written at once.
@@ -171,7 +172,7 @@ fn the_checkpoint_moves_however_often_we_are_killed() {
     let through = || checkpoint(&couch, "orders", "orders").map(|one| one["through_seq"].as_u64().unwrap());
     let mut host = Host::start(&ini.text());
     let over = AtomicBool::new(false);
-    let (mut moves, mut kills, mut standing, mut longest) = (0, 0, 0, 0);
+    let (mut moves, mut kills, mut standing, mut longest) = (0_usize, 0, 0, 0);
     std::thread::scope(|scope| {
         scope.spawn(|| {
             let ticks = crossbeam_channel::tick(Duration::from_millis(5));
@@ -186,7 +187,8 @@ fn the_checkpoint_moves_however_often_we_are_killed() {
         assert!(receiver.wait_until(WAIT_MAX, |record| record.n_accepted() > 0), "{}", host.transcript());
         let until = sys::now() + killing;
         let mut stored = None;
-        while sys::now() < until {
+        // A slow machine needs more lives; without early checkpoints no number of them would do.
+        while sys::now() < until || (moves < MOVES_MIN && sys::now() < until + 2 * WAIT_MAX) {
             // A life: nothing is waited for, it ends when its time is up.
             let life = Duration::from_millis(fastrand::u64(50..900));
             let _ = receiver.wait_until(life, |_| false);
@@ -204,7 +206,7 @@ fn the_checkpoint_moves_however_often_we_are_killed() {
     println!(
         "{kills} kills; the checkpoint moved in {moves} lives, stood still in at most {longest} in a row"
     );
-    assert!(moves * 4 >= kills, "moved in {moves} of {kills} lives\n{}", host.transcript());
+    assert!(moves >= MOVES_MIN, "moved in {moves} of {kills} lives\n{}", host.transcript());
     let winners = revs(&couch, "orders");
     assert!(
         receiver.wait_until(WAIT_MAX, |record| has_all(record, "orders", &winners)),
