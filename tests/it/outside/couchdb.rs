@@ -6,9 +6,11 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 
 use base64::Engine;
-use couch_hookd::standin::receiver::Receiver;
+use couch_hookd::standin::receiver::{Reaction, Receiver};
+use couch_hookd::sys;
 use serde_json::{Value, json};
 
+use crate::commands::Desk;
 use crate::http_client::{Open, Reply};
 use crate::world::{Daemon, Ini, has_all, receiver, receiver_with};
 
@@ -100,6 +102,16 @@ impl Real {
         let rows = all["rows"].as_array().unwrap().iter();
         let rows = rows.map(|row| (text(&row["id"]), text(&row["value"]["rev"])));
         rows.filter(|(id, _)| !id.starts_with('_')).collect()
+    }
+
+    /// Waits until commands see the daemon.
+    fn wait_until_alive(&self) {
+        let until = sys::now() + WAIT_MAX;
+        let path = format!("/{}/_all_docs", self.state_db);
+        while !self.ask("GET", &path, "").body.contains("\"daemon:") {
+            assert!(sys::now() < until, "no daemon is alive");
+            sys::sleep(Duration::from_millis(100));
+        }
     }
 
     fn ini(&self) -> Ini {
@@ -238,4 +250,49 @@ fn kills_lose_nothing() {
         daemon.start_again();
     }
     real.wait_for_all(&receiver, &revs, &daemon);
+}
+
+#[test]
+fn what_commands_ask_for_is_done() {
+    let Some(real) = Real::start("commands") else { return };
+    let receiver = receiver();
+    receiver.answer(|delivery| Reaction::Status(if delivery.doc_id() == "d3" { 422 } else { 200 }));
+    let lines = "since = 0\nretry_schedule = 100ms";
+    let docs: Vec<Value> = (0..10).map(|n| json!({"_id": format!("d{n}")})).collect();
+    real.put_all(&docs);
+    let daemon = real.daemon(&receiver, lines);
+    let desk =
+        Desk::new(&real.ini().webhook("orders", &receiver.url(), &format!("db = {}\n{lines}", real.db)));
+    let mut told = real.revs();
+    let refused = told.remove("d3").unwrap();
+    real.wait_for_all(&receiver, &told, &daemon);
+    daemon.wait_for_log("is a dead letter now");
+    real.wait_until_alive();
+    assert!(desk.done(&["dead-letters", "list"]).contains("1 dead letter: 1 refused"));
+    desk.done(&["pause", "orders"]);
+    told.insert("late".to_owned(), real.put("late", "{}", None));
+    assert!(desk.say(&["status", "orders"]).out.contains("paused"));
+    assert!(desk.done(&["seek", "orders", "--to", "0", "--dry-run"]).contains("11"));
+    desk.done(&["seek", "orders", "--to", "0", "--yes"]);
+    let ids = || {
+        receiver.look(|record| {
+            let ids = record.deliveries().iter().filter(|one| one.accepted() && one.doc_id() != "late");
+            let mut ids: Vec<String> = ids.map(|one| format!("{:?}", one.webhook_id)).collect();
+            ids.sort();
+            ids
+        })
+    };
+    let first = ids();
+    assert_eq!(first.len(), 9, "{first:?}");
+    desk.done(&["resume", "orders"]);
+    real.wait_for_all(&receiver, &told, &daemon);
+    let twice: Vec<String> = first.iter().flat_map(|id| [id.clone(), id.clone()]).collect();
+    assert!(receiver.wait_until(WAIT_MAX, |record| record.n_accepted() == 19), "{}", daemon.transcript());
+    assert_eq!(ids(), twice, "told again, with the ids they had");
+    receiver.answer(|_| Reaction::Status(200));
+    let said = desk.done(&["dead-letters", "replay", "--yes"]);
+    assert!(said.contains("1 of 1 dead letter delivered"), "{said}");
+    told.insert("d3".to_owned(), refused);
+    real.wait_for_all(&receiver, &told, &daemon);
+    assert!(desk.done(&["dead-letters", "list"]).contains("no dead letters"), "its letter is gone");
 }
