@@ -176,6 +176,9 @@ impl Replays {
             Replayed::Refused => run.stays(&stored, "refused again", |run| &mut run.n_refused),
             Replayed::Failed => run.stays(&stored, "the endpoint failed at it", |run| &mut run.n_failed),
             Replayed::Gone => run.stays(&stored, "there is no such document", |run| &mut run.n_gone),
+            Replayed::Unreadable(why) => {
+                run.stays(&stored, &format!("its document cannot be read: {why}"), |run| &mut run.n_failed);
+            }
         }
     }
 
