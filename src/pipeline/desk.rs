@@ -355,6 +355,12 @@ impl Clerk {
         let Some(webhook) = self.find(&request.webhook)? else { return Ok(()) };
         let Shared { server, state_db, .. } = &self.shared;
         if request.command == Command::Replay {
+            // The feed shows it as it was after one of its answers; what counts is how it is.
+            let is_open = requests::read(server, state_db, &request.id)?
+                .is_some_and(|request| request.state == Progress::Open);
+            if !is_open {
+                return Ok(());
+            }
             self.ask(Ask::Order(webhook.name, Order::Replay(Box::new(request.clone()))))?;
             return Ok(());
         }
