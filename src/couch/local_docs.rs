@@ -179,7 +179,7 @@ pub fn checkpoint_rev(server: &Server, db: &str, webhook: &str) -> Result<Option
     from_json::<Revision>(&reply.body).map(|revision| revision.rev).context(|| format!("GET {path}"))
 }
 
-/// The database's mark, written first when there is none; for databases that get their first checkpoint.
+/// The database's mark, written first when there is none. One that is known to have had one is asked more than once.
 ///
 /// # Errors
 /// As [`open`].
@@ -187,11 +187,12 @@ pub fn ensure_mark(
     server: &Server,
     generation: Generation,
     db: &str,
+    was_marked: bool,
     pause: &dyn Fn(Duration),
 ) -> Result<Mark> {
     let info: Info = server.get_json(&db_path(db, &[]))?;
     let stored = read_mark(server, db)?;
-    settle_mark(server, db, stored, creation_time(generation, &info), false, pause).map(|(mark, _)| mark)
+    settle_mark(server, db, stored, creation_time(generation, &info), was_marked, pause).map(|(mark, _)| mark)
 }
 
 /// Stores a webhook's first checkpoint, or over the one whose `_rev` is given, and gives the new `_rev`. Never together
@@ -533,7 +534,7 @@ mod tests {
             assert!(!opened.recreated && !opened.rolled_back && opened.not_believed.is_none());
             assert_eq!((opened.doc_count, world.n_pauses.get()), (5, 0));
             assert_eq!(world.open().mark, opened.mark, "the next opening finds it");
-            let ensured = ensure_mark(&world.server, world.generation, "db", &|_| {}).unwrap();
+            let ensured = ensure_mark(&world.server, world.generation, "db", false, &|_| {}).unwrap();
             assert_eq!(ensured, opened.mark);
             assert_eq!(world.fake.lock().unwrap().docs.len(), 1);
         });
@@ -751,7 +752,8 @@ mod tests {
                     let server = world.server.clone();
                     let (tell, told) = crossbeam_channel::bounded(1);
                     let thread = sys::spawn("test", move || {
-                        tell.send(ensure_mark(&server, Generation::Three, "db", &|_| {}).unwrap()).unwrap();
+                        tell.send(ensure_mark(&server, Generation::Three, "db", false, &|_| {}).unwrap())
+                            .unwrap();
                     });
                     (thread.unwrap(), told)
                 })

@@ -52,6 +52,9 @@ const TAIL_EVERY: Duration = Duration::from_secs(1);
 const RESTART_MAX: Duration = Duration::from_secs(10);
 /// For taking back that we are alive; CouchDB may be on its way out itself.
 const END_MAX: Duration = Duration::from_millis(300);
+/// What was done so shortly before the desk began may be missing in the records that webhooks started from: its doer took
+/// us for not there yet. By its clock and ours, so there is room for both.
+const DONE_MARGIN: Duration = Duration::from_secs(60);
 /// Requests remembered to be answered; one that is forgotten costs a needless start of its webhook at the most.
 const ANSWERED_MAX: usize = 10_000;
 /// A request is no longer than this, in bytes.
@@ -236,6 +239,7 @@ struct Clerk {
     complaint: Complaint,
     daemon: Daemon,
     began: Instant,
+    began_at: jiff::Timestamp,
     /// Somebody wants to know how webhooks are.
     is_asked: bool,
     renewed_at: Option<Instant>,
@@ -258,6 +262,7 @@ impl Clerk {
             complaint: Complaint::default(),
             daemon: Daemon::new(),
             began: now,
+            began_at: sys::wall(),
             is_asked: false,
             renewed_at: None,
             n_words: 0,
@@ -291,18 +296,30 @@ impl Clerk {
     fn on_listed(&mut self, requests: Vec<Request>) {
         if !std::mem::replace(&mut self.has_listed, true) {
             // What was done before we came stands in the records that everything starts from.
-            let done = requests.iter().filter(|request| request.state != Progress::Open);
+            let began = self.began_at;
+            let done = requests.iter().filter(|request| was_done_before(request, began));
             self.answered.extend(done.map(|request| request.id.clone()));
         }
+        // Done by others: one start for all that was done to a webhook.
+        let mut others: Vec<String> = Vec::new();
+        for request in &requests {
+            if restarts(request.command)
+                && request.state == Progress::Done
+                && self.answered.insert(request.id.clone())
+                && !others.contains(&request.webhook)
+            {
+                others.push(request.webhook.clone());
+            }
+        }
+        others.iter().for_each(|webhook| self.restart(webhook));
         requests.into_iter().for_each(|request| self.on_request(request));
     }
 
     fn on_request(&mut self, request: Request) {
-        let restarts = !matches!(request.command, Command::Replay | Command::Tail | Command::Status);
         if request.state != Progress::Open {
             // Done by another daemon, or by a command that took us for dead: it counts for us, too.
             let ours = self.answered.contains(&request.id);
-            if request.state == Progress::Done && restarts && !ours {
+            if request.state == Progress::Done && restarts(request.command) && !ours {
                 self.answered.insert(request.id.clone());
                 self.restart(&request.webhook);
             }
@@ -355,6 +372,12 @@ impl Clerk {
         let Some(webhook) = self.find(&request.webhook)? else { return Ok(()) };
         let Shared { server, state_db, .. } = &self.shared;
         if request.command == Command::Replay {
+            // The feed shows it as it was after one of its answers; what counts is how it is.
+            let is_open = requests::read(server, state_db, &request.id)?
+                .is_some_and(|request| request.state == Progress::Open);
+            if !is_open {
+                return Ok(());
+            }
             self.ask(Ask::Order(webhook.name, Order::Replay(Box::new(request.clone()))))?;
             return Ok(());
         }
@@ -493,6 +516,17 @@ impl Clerk {
     }
 }
 
+/// Whether a webhook has to be started again for what was done by others to count.
+fn restarts(command: Command) -> bool {
+    !matches!(command, Command::Replay | Command::Tail | Command::Status)
+}
+
+/// Whether every webhook that started with or after the desk has seen what came of a request.
+fn was_done_before(request: &Request, began: jiff::Timestamp) -> bool {
+    let done_at = request.done_at.unwrap_or(request.made_at);
+    request.state != Progress::Open && done_at < began - DONE_MARGIN
+}
+
 /// Of another hour: whoever looked on is gone.
 fn is_old(request: &Request) -> bool {
     sys::wall().duration_since(request.made_at).unsigned_abs() > CLEAN
@@ -500,4 +534,27 @@ fn is_old(request: &Request) -> bool {
 
 fn stopped() -> Error {
     Error::new(Kind::Stopped, "stopped")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::couch::requests::Arguments;
+
+    #[test]
+    fn only_what_was_done_well_before_the_start_is_known_to_stand_in_the_records() {
+        let began = sys::wall();
+        let mut request = Request::new("orders", Command::Pause, Arguments::default(), "anna");
+        assert!(!was_done_before(&request, began), "it is open");
+        request.state = Progress::Done;
+        let mut check = |seconds: i64, expected: bool| {
+            request.done_at = Some(began + jiff::SignedDuration::from_secs(seconds));
+            assert_eq!(was_done_before(&request, began), expected, "{seconds} s");
+        };
+        check(-3600, true);
+        check(-5, false);
+        // Between the reading of the webhook's record and the first list.
+        check(0, false);
+        check(3600, false);
+    }
 }

@@ -5,6 +5,8 @@
 //! changes nothing.) Whoever runs the webhook starts its parts again afterwards: starting is recovering, and reads
 //! the record. `replay` is the dispatcher's, `tail` the desk's (`pipeline::desk`).
 
+use std::collections::BTreeMap;
+
 use serde_json::{Map, Value, json};
 
 use crate::config;
@@ -16,7 +18,7 @@ use crate::couch::{feed, local_docs};
 use crate::error::{Context, Error, Kind, Result};
 use crate::pipeline::Shared;
 use crate::pipeline::store::change_record;
-use crate::pure::checkpoint::Seek;
+use crate::pure::checkpoint::{Mark, Seek};
 use crate::pure::message::WebhookId;
 use crate::pure::seq::Seq;
 use crate::sys;
@@ -196,16 +198,41 @@ fn check_place(shared: &Shared, db: &str, generation: Generation, seq: &Seq) -> 
     Ok(())
 }
 
+/// The marks of the databases that a `seek` may be about, those that there are.
+fn marks(shared: &Shared, webhook: &config::Webhook, request: &Request) -> Result<BTreeMap<String, Mark>> {
+    let Shared { server, state_db, .. } = shared;
+    let generation = server.welcome()?.generation;
+    let record = state_db::read_record(server, state_db, &request.webhook)?.unwrap_or_default();
+    let wanted = request.arguments.db.as_ref();
+    let mut marks = BTreeMap::new();
+    for db in webhook.db.iter().filter(|db| wanted.is_none_or(|wanted| wanted == *db)) {
+        let was_marked = record.databases.contains_key(db);
+        match local_docs::ensure_mark(server, generation, db, was_marked, &sys::sleep) {
+            Ok(mark) => drop(marks.insert(db.clone(), mark)),
+            // Said by `places`, with what it means.
+            Err(error) if error.kind() == Kind::NotFound => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(marks)
+}
+
 fn seek(shared: &Shared, webhook: &config::Webhook, request: &Request) -> Result<Obeyed> {
     let (server, state_db, name) = (&shared.server, &shared.state_db, &request.webhook);
     let done = state_db::read_record(server, state_db, name)?.filter(|record| record.has_done(&request.id));
     let record = match done {
         Some(record) => record,
         None => {
-            let generation = server.welcome()?.generation;
+            let marks = marks(shared, webhook, request)?;
             let mut seeks = Vec::new();
             for (db, through_seq) in places(shared, webhook, &request.arguments)? {
-                let mark = local_docs::ensure_mark(server, generation, &db, &sys::sleep)?;
+                // A place is one in the database that bears the mark: that of the one before would skip changes.
+                let mark = marks.get(&db).copied();
+                let same = mark.map(|mark| local_docs::is_same(server, &db, &mark, None)).transpose()?;
+                let (Some(mark), Some(true)) = (mark, same) else {
+                    let found = format!("database `{db}` was deleted and created again meanwhile");
+                    return Err(Error::new(Kind::Conflict, found));
+                };
                 let through_seq = serde_json::from_str(through_seq.as_json()).unwrap_or_default();
                 seeks.push((db, Seek { request: request.id.clone(), mark, through_seq }));
             }

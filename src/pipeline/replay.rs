@@ -20,6 +20,8 @@ use crate::pure::message::WebhookId;
 const REPORT_EVERY: Duration = Duration::from_secs(1);
 /// Letters that stay are named up to so many.
 const EXAMPLES_MAX: usize = 20;
+/// Requests remembered to be over: the feed may still bring them as they were before their last answer.
+const OVER_MAX: usize = 64;
 /// When letters could not be listed, or the end not be reported, it is tried again after this.
 const AGAIN: Duration = Duration::from_secs(2);
 
@@ -28,6 +30,8 @@ const AGAIN: Duration = Duration::from_secs(2);
 pub(crate) struct Replays {
     waiting: VecDeque<Request>,
     run: Option<Run>,
+    /// Answered for good, the last ones.
+    over: VecDeque<String>,
 }
 
 /// One request.
@@ -65,7 +69,7 @@ impl Replays {
     pub(crate) fn ask(&mut self, request: Request) {
         let known =
             self.run.iter().map(|run| &run.request).chain(&self.waiting).any(|one| one.id == request.id);
-        if !known {
+        if !known && !self.over.contains(&request.id) {
             self.waiting.push_back(request);
         }
     }
@@ -176,6 +180,9 @@ impl Replays {
             Replayed::Refused => run.stays(&stored, "refused again", |run| &mut run.n_refused),
             Replayed::Failed => run.stays(&stored, "the endpoint failed at it", |run| &mut run.n_failed),
             Replayed::Gone => run.stays(&stored, "there is no such document", |run| &mut run.n_gone),
+            Replayed::Unreadable(why) => {
+                run.stays(&stored, &format!("its document cannot be read: {why}"), |run| &mut run.n_failed);
+            }
         }
     }
 
@@ -190,11 +197,17 @@ impl Replays {
 
     /// The last answer of a run is stored, or is not.
     pub(crate) fn on_answered(&mut self, stored: bool, now: Instant) {
-        let Some(run) = &mut self.run else { return };
-        if stored {
-            self.run = None;
-        } else {
-            (run.ended, run.changed, run.report_at) = (false, true, Some(now + AGAIN));
+        match self.run.take() {
+            Some(run) if stored => {
+                self.over.push_back(run.request.id);
+                let n_over = self.over.len().saturating_sub(OVER_MAX);
+                self.over.drain(..n_over);
+            }
+            Some(run) => {
+                let report_at = Some(now + AGAIN);
+                self.run = Some(Run { ended: false, changed: true, report_at, ..run });
+            }
+            None => {}
         }
     }
 }
@@ -255,5 +268,29 @@ impl Run {
             Value::Object(answer) => answer,
             _ => Map::new(),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::couch::requests::{Arguments, Command};
+    use crate::sys;
+
+    #[test]
+    fn a_request_that_is_over_is_not_begun_again_by_a_late_row_of_it() {
+        let now = sys::now();
+        let mut replays = Replays::default();
+        let request = Request::new("orders", Command::Replay, Arguments::default(), "anna");
+        replays.ask(request.clone());
+        let run = Run { listing: Listing::Over, ended: true, ..Run::new(request.clone()) };
+        replays.waiting.clear();
+        replays.run = Some(run);
+        replays.on_answered(false, now);
+        assert!(!replays.is_empty(), "to be answered once more");
+        replays.on_answered(true, now);
+        // As it stood when it last said how far it had come.
+        replays.ask(request);
+        assert!(replays.is_empty());
     }
 }

@@ -172,7 +172,7 @@ impl State {
                     None
                 }
                 Errand::Fetch(flow, letter, mark) => {
-                    let fetched = self.fetch(flow, &letter, mark).unwrap_or(Fetched::Failed);
+                    let fetched = self.fetch(flow, &letter, mark).unwrap_or_else(|error| unread(&error));
                     Some(Errant::Fetched(letter, Box::new(fetched)))
                 }
                 Errand::ListLetters(filter, after) => {
@@ -184,7 +184,7 @@ impl State {
                         doc_id: stored.letter.doc_id.clone(),
                     };
                     let fetched = self.fetch_letter(flow, &stored.letter, mark, asked);
-                    Some(Errant::Fetched(letter, Box::new(fetched.unwrap_or(Fetched::Failed))))
+                    Some(Errant::Fetched(letter, Box::new(fetched.unwrap_or_else(|error| unread(&error)))))
                 }
                 Errand::Answer(request, state, answer) => {
                     let answered = requests::answer(server, state_db, &request, state, &answer);
@@ -312,6 +312,27 @@ impl State {
             return Ok(about::event(telling, row, &mark.to_string()));
         }
         Ok(Some(telling.event(row, &mark.to_string(), sys::wall())))
+    }
+}
+
+/// Why a document was not read: for now, or for good. A request must not wait for what never comes.
+fn unread(error: &Error) -> Fetched {
+    match error.kind() {
+        Kind::Unreachable
+        | Kind::Cut
+        | Kind::Timeout
+        | Kind::Unauthorized
+        | Kind::Locked
+        | Kind::Conflict
+        | Kind::Server
+        | Kind::Stopped => Fetched::Failed,
+        Kind::Forbidden
+        | Kind::NotFound
+        | Kind::BadSince
+        | Kind::BadRequest
+        | Kind::Malformed
+        | Kind::Config
+        | Kind::Io => Fetched::Unreadable(error.to_string()),
     }
 }
 

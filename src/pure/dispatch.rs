@@ -129,6 +129,8 @@ pub enum Replayed {
     Failed,
     /// There is no such document any more. The letter stays.
     Gone,
+    /// CouchDB does not give the document, and will not the next time; why. The letter stays.
+    Unreadable(String),
 }
 
 /// A dead letter to be sent again: a suspect, by ourselves; any, because an operator asked.
@@ -696,12 +698,13 @@ impl Dispatch {
             }
             Fetched::Superseded(rev) if asked => self.end_asked(at, Replayed::Superseded(Some(rev))),
             Fetched::Gone if asked => self.end_asked(at, Replayed::Gone),
+            Fetched::Unreadable(why) if asked => self.end_asked(at, Replayed::Unreadable(why)),
             Fetched::Event(_) | Fetched::Superseded(_) | Fetched::Gone => self.drop_suspect(at),
             Fetched::Failed if asked => {
                 self.suspects[at].state = Replay::Resting;
                 self.suspects[at].replay_at = now + ASKED_FETCH_AGAIN;
             }
-            Fetched::Failed => self.rest(at, now),
+            Fetched::Failed | Fetched::Unreadable(_) => self.rest(at, now),
         }
     }
 
@@ -902,6 +905,8 @@ pub enum Fetched {
     Gone,
     /// CouchDB did not answer.
     Failed,
+    /// It does not give the document, and will not the next time: too large, no rights, no revision; why.
+    Unreadable(String),
 }
 
 fn attempt(token: u64, flow: FlowIndex, event: Arc<Event>, attempt: u32) -> Attempt {

@@ -2,9 +2,10 @@
 
 use std::process::{Command, Stdio};
 
-use couch_hookd::standin::couch::{Flavour, StandIn};
+use couch_hookd::standin::couch::{Flavour, Seen, StandIn};
 use couch_hookd::standin::quirks::{Fault, FaultKind};
 use couch_hookd::standin::receiver::{Reaction, Receiver};
+use couch_hookd::sys;
 use serde_json::{Value, json};
 
 use crate::host::{Host, WAIT_MAX};
@@ -344,6 +345,70 @@ fn seek_to_now_leaves_out_what_was_not_told() {
     assert!(said.status == 1 && said.err.contains("does not know the place"), "{said:?}");
     let said = desk.say(&["seek", "orders", "--to", "0", "--db", "others", "--dry-run"]);
     assert!(said.status == 1 && said.err.contains("does not watch `others`"), "{said:?}");
+}
+
+/// The place of the old database under the mark of the new one would skip what is written there.
+#[test]
+fn a_seek_while_the_database_is_created_again_skips_nothing() {
+    let mut world = World::start(Flavour::V1, "");
+    write(&world.couch, "orders", 5);
+    world.wait_for_all("orders");
+    world.daemon.terminate();
+    // The first one is the command's look at how it is, the second one its seek.
+    let marks = "GET /orders/_local/couch-hookd?";
+    let is_mark =
+        |seen: &Seen<'_>| seen.requests().filter(|one| one.path.ends_with("/_local/couch-hookd")).count();
+    let n_marks = world.couch.look(is_mark);
+    let late = FaultKind::Late(std::time::Duration::from_secs(2));
+    world.couch.quirks(|quirks| {
+        quirks.faults = vec![Fault { request: marks.to_owned(), times: 2, kind: late }];
+    });
+    let ini = Ini::new(&world.couch.url()).webhook("orders", &world.receiver.url(), "");
+    let desk = Desk::new(&ini);
+    let seek = desk.command(&["seek", "orders", "--to", "now", "--yes"]).spawn().unwrap();
+    world.wait_couch("the mark read", |seen| is_mark(seen) >= n_marks + 2);
+    world.couch.delete_db("orders");
+    world.couch.create_db("orders");
+    let output = seek.wait_with_output().unwrap();
+    // What comes after a seek that was done, or was not.
+    for i in 0..8 {
+        world.couch.put("orders", &format!("new{i}"), &json!({})).unwrap();
+    }
+    world.daemon.start_again();
+    let winners = revs(&world.couch, "orders");
+    world
+        .wait(&format!("all of the new database ({output:?})"), |record| has_all(record, "orders", &winners));
+}
+
+/// A command that finds no daemon alive does it itself; one that starts at that moment has read the record already.
+#[test]
+fn what_was_done_by_others_while_a_daemon_starts_counts_for_it() {
+    let mut world = World::start(Flavour::V3, "");
+    write(&world.couch, "orders", 3);
+    world.wait_for_all("orders");
+    world.daemon.kill();
+    let lists = |seen: &Seen<'_>| {
+        let of_requests = |(_, value): &(String, String)| value == "\"request:\"";
+        seen.requests().filter(|one| one.query.iter().any(of_requests)).count()
+    };
+    let n_lists = world.couch.look(lists);
+    let late = FaultKind::Late(std::time::Duration::from_secs(2));
+    world.couch.quirks(|quirks| {
+        quirks.faults = vec![Fault { request: "startkey=\"request:".to_owned(), times: 2, kind: late }];
+    });
+    world.daemon.start_again();
+    // Both the webhook, behind its record, and the desk.
+    world.wait_couch("both lists", |seen| lists(seen) >= n_lists + 2);
+    let now = sys::wall().to_string();
+    let mut paused = record(&world.couch);
+    paused["paused_since"] = json!(now);
+    paused["paused_reason"] = json!("by hand");
+    paused["requests_done"] = json!(["request:00000000000000000001-a"]);
+    world.couch.put(STATE_DB, "webhook:orders", &paused).unwrap();
+    let done = json!({"webhook": "orders", "command": "pause", "made_at": now, "made_by": "anna",
+        "state": "done", "done_at": now});
+    world.couch.put(STATE_DB, "request:00000000000000000001-a", &done).unwrap();
+    world.daemon.wait_for_log("webhook `orders` is paused since");
 }
 
 #[test]

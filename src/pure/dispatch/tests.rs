@@ -14,6 +14,7 @@ struct World {
     attempts: Vec<Attempt>,
     ends: Vec<(message::WebhookId, Replayed)>,
     deleted: Vec<message::WebhookId>,
+    unreadable: bool,
 }
 
 fn event(doc_id: &str, rev: &str) -> Event {
@@ -56,7 +57,8 @@ impl World {
         let now = sys::now();
         let flow = Flow::new(concurrency == 1, Duration::from_secs(60), Duration::from_secs(5));
         let dispatch = Dispatch::new(settings, vec![flow], now);
-        let mut world = World { dispatch, now, attempts: Vec::new(), ends: Vec::new(), deleted: Vec::new() };
+        let (attempts, ends, deleted) = (Vec::new(), Vec::new(), Vec::new());
+        let mut world = World { dispatch, now, attempts, ends, deleted, unreadable: false };
         world.poll();
         let opened =
             Opened { mark: "mark".into(), checkpoint: None, rev: None, recreated: false, doc_count: 0 };
@@ -75,7 +77,10 @@ impl World {
                 match action {
                     Action::Attempt(attempt) => self.attempts.push(attempt),
                     Action::Fetch(_, letter) => {
-                        let found = Fetched::Event(event(&letter.doc_id, "1-a"));
+                        let found = match self.unreadable {
+                            true => Fetched::Unreadable("too large".into()),
+                            false => Fetched::Event(event(&letter.doc_id, "1-a")),
+                        };
                         self.dispatch.on_fetched(&letter, found, self.now);
                     }
                     Action::Replayed(id, end) => self.ends.push((id, end)),
@@ -206,6 +211,17 @@ fn an_endpoint_that_fails_at_one_letter_after_the_other_is_down_and_not_hammered
         }
     }
     assert_eq!(world.deleted.len(), 20);
+}
+
+#[test]
+fn a_letter_whose_document_is_never_given_comes_to_an_end() {
+    let mut world = World::new(8);
+    world.warm_up();
+    world.unreadable = true;
+    world.ask("d0");
+    assert_eq!(world.ends.len(), 1);
+    assert_eq!(world.ends[0].1, Replayed::Unreadable("too large".into()));
+    assert!(world.attempts.is_empty() && world.deleted.is_empty() && world.dispatch.n_asked() == 0);
 }
 
 #[test]
