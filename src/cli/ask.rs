@@ -43,7 +43,7 @@ impl Office {
     pub(crate) fn open(setup: &Setup) -> Result<Office> {
         let hookd = Arc::new(setup.config.hookd.clone());
         let server = &setup.server;
-        let welcome = server.welcome()?;
+        let welcome = setup.welcome()?;
         let key = state_db::ensure(server, &hookd.state_db, server.username())?;
         let source = daemon::public_source(&hookd, server.base_url(), welcome.uuid.as_deref());
         let (checkpoints, checkpointer) = checkpointer::start()?;

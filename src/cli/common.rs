@@ -11,7 +11,7 @@ use crate::cli::run::{Source, where_to_ask};
 use crate::config::finding::{Finding, Origin, Raw};
 use crate::config::source::{self, Overrides, Sources};
 use crate::config::{self, Config, Webhook, keys, values};
-use crate::couch::client::Server;
+use crate::couch::client::{Server, Welcome};
 use crate::couch::node_config::NodeConfig;
 use crate::error::{Context, Error, Kind, Result};
 use crate::sys;
@@ -57,6 +57,16 @@ impl Setup {
         Ok(Setup { raw, config, held_back: parsed.held_back, findings, server })
     }
 
+    /// Who the CouchDB is, asked first by every command that needs it.
+    ///
+    /// # Errors
+    /// As [`Server::welcome`], with the server's address in place of the request.
+    pub(crate) fn welcome(&self) -> Result<Welcome> {
+        self.server.welcome().map_err(|error| {
+            Error::new(error.kind(), error.cause()).context(format!("CouchDB at {}", self.server.base_url()))
+        })
+    }
+
     /// The webhook of this name.
     ///
     /// # Errors
@@ -71,7 +81,7 @@ impl Setup {
             return Err(Error::new(Kind::Config, format!("webhook `{name}`: its section has an error")));
         }
         let names: Vec<&str> = self.config.webhooks.iter().map(|webhook| webhook.name.as_str()).collect();
-        let hint = match keys::nearest_of(name, names.iter().copied(), 3) {
+        let hint = match keys::nearest_of(name, names.iter().copied(), 2) {
             Some(near) => format!("did you mean `{near}`?"),
             None if names.is_empty() => "[hookd.webhooks] lists none".to_owned(),
             None => format!("there are `{}`", names.join("`, `")),

@@ -155,9 +155,17 @@ impl Which {
         })
     }
 
+    /// What is said when there is none.
+    fn none(&self) -> &'static str {
+        let all =
+            self.ids.is_empty() && self.webhook.is_none() && self.class.is_none() && self.since.is_none();
+        if all { "no dead letters" } else { "no such dead letters" }
+    }
+
     /// All that are meant, newest first.
     fn find(&self, setup: &Setup) -> Result<Vec<Stored>> {
         let filter = self.filter()?;
+        setup.welcome()?;
         let mut found = letters::list(&setup.server, &setup.config.hookd.state_db, &filter, usize::MAX)?;
         found.sort_by_key(|stored| std::cmp::Reverse(stored.letter.stored_at));
         Ok(found)
@@ -190,7 +198,7 @@ fn list(which: &Which, setup: &Setup, json: bool, out: &mut Out) -> Result<u8> {
         return Ok(0);
     }
     if found.is_empty() {
-        return out.line("no dead letters").map(|()| 0);
+        return out.line(which.none()).map(|()| 0);
     }
     let mut table = Table::new(&["ID", "WEBHOOK", "CLASS", ">STATUS", ">AGE", "DOCUMENT", "ANSWER"]);
     for Stored { letter, .. } in found.iter().take(limit) {
@@ -216,6 +224,7 @@ fn list(which: &Which, setup: &Setup, json: bool, out: &mut Out) -> Result<u8> {
 fn show(id: &str, setup: &Setup, json: bool, out: &mut Out) -> Result<u8> {
     let filter = Filter { ids: vec![id.to_owned()], ..Filter::default() };
     let state_db = &setup.config.hookd.state_db;
+    setup.welcome()?;
     let Some(stored) = letters::list(&setup.server, state_db, &filter, 1)?.pop() else {
         return Err(Error::new(
             Kind::NotFound,
@@ -245,7 +254,7 @@ struct Plan {
 fn replay(which: &Which, setup: &Setup, plan: &Plan, out: &mut Out) -> Result<u8> {
     let groups = groups(which, setup)?;
     let n_letters: usize = groups.values().map(Vec::len).sum();
-    if !announce(&groups, "to send again", plan, out)? {
+    if !announce(which, &groups, "to send again", plan, out)? {
         return Ok(u8::from(n_letters > 0));
     }
     let webhooks = groups.keys().map(|name| setup.webhook(name)).collect::<Result<Vec<_>>>()?;
@@ -307,7 +316,7 @@ fn refuse_paused(office: &Office, webhook: &Webhook) -> Result<()> {
 fn discard(which: &Which, setup: &Setup, plan: &Plan, out: &mut Out) -> Result<u8> {
     let groups = groups(which, setup)?;
     let n_letters: usize = groups.values().map(Vec::len).sum();
-    if !announce(&groups, "to delete", plan, out)? {
+    if !announce(which, &groups, "to delete", plan, out)? {
         return Ok(u8::from(n_letters > 0));
     }
     let office = Office::open(setup)?;
@@ -352,10 +361,16 @@ fn groups(which: &Which, setup: &Setup) -> Result<BTreeMap<String, Vec<Stored>>>
 }
 
 /// Says how many there are, and asks; whether to go on.
-fn announce(groups: &BTreeMap<String, Vec<Stored>>, what: &str, plan: &Plan, out: &mut Out) -> Result<bool> {
+fn announce(
+    which: &Which,
+    groups: &BTreeMap<String, Vec<Stored>>,
+    what: &str,
+    plan: &Plan,
+    out: &mut Out,
+) -> Result<bool> {
     if groups.is_empty() {
         if !plan.json {
-            out.line("no dead letters")?;
+            out.line(which.none())?;
         }
         return Ok(false);
     }

@@ -98,7 +98,7 @@ pub(crate) fn run(arguments: Arguments, out: &mut Out) -> Result<u8> {
         None => setup.config.webhooks.iter().collect(),
     };
     // Only to know whether we get in: a state_db that is not there yet is no fault.
-    setup.server.welcome()?;
+    setup.welcome()?;
     let (daemons, now) = ask_daemons(&setup)?;
     let letters = count_letters(&setup)?;
     let mut lines = Vec::new();
@@ -327,11 +327,12 @@ fn show(lines: &[Line], daemons: &[Daemon], out: &mut Out) -> Result<()> {
         ">OLDEST",
         ">LETTERS",
         ">LAST OK",
-        ">LAST FAILURE",
+        ">FAILED",
         ">NEXT TRY",
         "WHY",
     ]);
     let ago = |at: Option<Timestamp>| at.map_or_else(|| "-".to_owned(), age);
+    let mut whys = Vec::new();
     for line in lines {
         let colour = match (&line.needs, line.state) {
             (Some(_), _) => Colour::Red,
@@ -358,10 +359,20 @@ fn show(lines: &[Line], daemons: &[Daemon], out: &mut Out) -> Result<()> {
             ago(line.last_success).into(),
             ago(line.last_failure).into(),
             line.next_try.map_or_else(|| "-".to_owned(), until).into(),
-            why.into(),
+            (&why).into(),
         ]);
+        whys.push(why);
     }
-    table.print(out)?;
+    // A reason is worth a line of its own where half of it would be cut away.
+    if out.width().is_some_and(|width| table.width() > width) {
+        table.drop_last();
+        table.print(out)?;
+        for (line, why) in lines.iter().zip(&whys).filter(|(_, why)| !why.is_empty()) {
+            out.line(&format!("webhook `{}` is {}: {why}", line.webhook, line.state))?;
+        }
+    } else {
+        table.print(out)?;
+    }
     if daemons.is_empty() {
         out.line("no daemon is alive")?;
     }
@@ -373,6 +384,15 @@ fn show(lines: &[Line], daemons: &[Daemon], out: &mut Out) -> Result<()> {
             age(daemon.renewed_at)
         );
         out.line(&text)?;
+    }
+    let mut n_running: BTreeMap<&str, usize> = BTreeMap::new();
+    for line in lines.iter().filter(|line| line.daemon.is_some()) {
+        *n_running.entry(&line.webhook).or_default() += 1;
+    }
+    for (name, n) in n_running.into_iter().filter(|(_, n)| *n > 1) {
+        out.line(&format!(
+            "webhook `{name}` is run by {n} daemons, and each tells every change: one is enough"
+        ))?;
     }
     for line in lines {
         if let Some(needs) = &line.needs {

@@ -74,6 +74,19 @@ impl Table {
         self.rows.is_empty()
     }
 
+    /// How wide it is when nothing is cut.
+    pub(crate) fn width(&self) -> usize {
+        let widths = self.widths(None);
+        widths.iter().sum::<usize>() + GAP * widths.len().saturating_sub(1)
+    }
+
+    /// Takes the last column away.
+    pub(crate) fn drop_last(&mut self) {
+        let cells = self.rows.iter_mut().chain([&mut self.headings]);
+        cells.for_each(|cells| drop(cells.pop()));
+        self.right.pop();
+    }
+
     /// Prints it, cut to the terminal's width where there is one; nothing when it has no row.
     ///
     /// # Errors
@@ -182,6 +195,15 @@ a-long-name-of-a-webhook  running        0";
         assert!(lines[2].starts_with("a-long-name-"), "{lines:#?}");
         assert!(lines[1].contains("connection") && lines[1].ends_with('…'), "{lines:#?}");
         assert!(lines[1].contains("  12  "), "a number is never cut: {lines:#?}");
+    }
+
+    #[test]
+    fn the_last_column_can_be_taken_away() {
+        let mut table = sample();
+        assert_eq!(table.width(), 63);
+        table.drop_last();
+        assert_eq!(table.width(), 42);
+        assert_eq!(table.lines(None, false)[1], "orders                    down          12");
     }
 
     #[test]

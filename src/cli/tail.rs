@@ -28,7 +28,7 @@ const PATIENCE: Duration = Duration::from_secs(15);
 #[command(after_help = "Examples:\n  \
     couch-hookd tail orders\n  \
     couch-hookd tail orders --for 1m --json | jq 'select(.status != 200)'\n\n\
-    Each line: time, status (--- without an answer), how long it took, webhook-id,\n\
+    Each line: status (--- without an answer), time, how long it took, webhook-id,\n\
     document, attempt, and the start of an answer other than 2xx. Ctrl-C ends it.")]
 pub(crate) struct Arguments {
     /// The webhook

@@ -179,13 +179,18 @@ fn since(text: &str) -> Option<Seq> {
     }
 }
 
+/// Keys with an option of their own; others come from `--set`.
+const HAS_OPTION: [&str; 8] =
+    ["selector", "filter", "filter_params", "doc_ids", "view", "events", "secret", "secret_file"];
+
 /// A finding with the argument for its place, as it was given here.
 fn shown(finding: &Finding) -> String {
     let place = finding.place.as_str();
     let key = place.strip_prefix(&format!("--set: [hookd.webhook.{NAME}] "));
     let place = match key {
         Some("db") => "DATABASE_URL".to_owned(),
-        Some(key) => format!("--{}", key.replace('_', "-")),
+        Some(key) if HAS_OPTION.contains(&key) => format!("--{}", key.replace('_', "-")),
+        Some(key) => format!("--set {key}"),
         None if place.ends_with("couchdb_url") => "DATABASE_URL".to_owned(),
         None if place.starts_with("--set: [hookd.webhooks]") => "--to".to_owned(),
         None => place.to_owned(),
@@ -254,7 +259,7 @@ mod tests {
         ]);
         let Err(faults) = plan(&line.unwrap().arguments, BTreeMap::new()) else { panic!("expected faults") };
         let places: Vec<&str> = faults.iter().filter_map(|fault| fault.split(':').next()).collect();
-        assert_eq!(places, ["--to", "--timout", "DATABASE_URL", "--selector", "--secret"], "{faults:?}");
+        assert_eq!(places, ["--to", "--set timout", "DATABASE_URL", "--selector", "--secret"], "{faults:?}");
         assert!(!faults.join("").contains("canary"), "{faults:?}");
     }
 }

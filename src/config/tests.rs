@@ -451,7 +451,7 @@ fn faults_of_a_webhook_are_said() {
             "selector = {type: order}"
                 selector: expected a JSON object such as `{"type": "order"}`, got a text that is no JSON at character 2
             "selector = {\"name\": \"a ;c4n4ry\"}"
-                selector: expected a JSON object such as `{"type": "order"}`, got one that ends in the middle; it looks as if cut at ` ;`, which begins a comment: write \u003b for the semicolon
+                selector: expected a JSON object such as `{"type": "order"}`, got one that ends in the middle; where it holds ` ;`, that begins a comment: write \u003b for the semicolon
             "selector = {}\nfilter = d/f"
                 hookd.ini:5: [hookd.webhook.orders] filter: expected one kind of filter, got `selector` and `filter`; delete one of them
             "filter = f"

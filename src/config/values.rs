@@ -339,7 +339,7 @@ fn json(text: &str, expected: &str) -> Result<Json, String> {
     serde_json::from_str(text).map_err(|error| {
         if error.is_eof() {
             format!(
-                "expected {expected}, got one that ends in the middle; it looks as if cut at ` ;`, which begins a comment: \
+                "expected {expected}, got one that ends in the middle; where it holds ` ;`, that begins a comment: \
                  write \\u003b for the semicolon"
             )
         } else {

@@ -124,9 +124,10 @@ impl Demo<'_> {
     }
 
     fn line(&mut self, text: &str) -> Result<()> {
-        writeln!(self.out, "{text}")
-            .and_then(|()| self.out.flush())
-            .map_err(|error| Error::new(Kind::Io, format!("output: {error}")))
+        writeln!(self.out, "{text}").and_then(|()| self.out.flush()).map_err(|error| match error.kind() {
+            std::io::ErrorKind::BrokenPipe => Error::new(Kind::Stopped, "nobody reads the output"),
+            _ => Error::new(Kind::Io, format!("failed to write to stdout: {error}")),
+        })
     }
 
     fn introduce(&mut self, couch: &str, endpoint: &str, secret: &str) -> Result<()> {

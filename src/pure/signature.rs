@@ -189,7 +189,9 @@ impl fmt::Display for Mismatch {
                 f.write_str("header `webhook-signature`: expected base64 of 32 bytes after `v1,`")
             }
             Mismatch::Different(None) => {
-                f.write_str("the signature does not match: the body was changed, or another secret signed it")
+                f.write_str(
+                    "the signature does not match: the id, the timestamp or the body was changed, or another secret signed it",
+                )
             }
             Mismatch::Different(Some(mistake)) => write!(f, "the signature does not match: {mistake}"),
         }

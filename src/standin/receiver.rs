@@ -386,7 +386,11 @@ fn text_line(delivery: &Delivery, verifying: bool) -> String {
     let mut told: Vec<String> = delivery
         .events
         .iter()
-        .map(|event| format!("{} {}/{} {}", event.event_type, event.data.db, event.data.id, event.data.rev))
+        .map(|event| match &event.data {
+            // An event about couch-hookd itself has no document.
+            data if data.id.is_empty() => event.event_type.clone(),
+            data => format!("{} {}/{} {}", event.event_type, data.db, data.id, data.rev),
+        })
         .collect();
     if told.is_empty() {
         told.push(format!("{} bytes", delivery.body.len()));

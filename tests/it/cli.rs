@@ -403,6 +403,16 @@ fn check_followed_live(flavour: Flavour) {
     assert!(flavour == Flavour::V3 || couch.n_requests("GET /_config") > 1);
 }
 
+/// What bash offers behind `couch-hookd` and these words.
+fn completed_by_bash(completions: &Path, words: &[&str]) -> String {
+    let script = r#"source "$1"; shift; COMP_WORDS=("$@"); COMP_CWORD=$(($# - 1))
+        function=$(complete -p couch-hookd | sed 's/.* -F \([^ ]*\).*/\1/')
+        "$function" couch-hookd "${COMP_WORDS[COMP_CWORD]}" "${COMP_WORDS[COMP_CWORD - 1]}"; echo "${COMPREPLY[@]}""#;
+    let mut bash = Command::new("bash");
+    let bash = bash.args(["-c", script, "bash"]).arg(completions).arg("couch-hookd").args(words);
+    String::from_utf8(bash.output().unwrap().stdout).unwrap().trim().to_owned()
+}
+
 #[test]
 fn completions_and_manual_pages_come_from_the_definition() {
     for (shell, part) in [("bash", "complete -F"), ("zsh", "#compdef couch-hookd"), ("fish", "complete -c")] {
@@ -412,7 +422,10 @@ fn completions_and_manual_pages_come_from_the_definition() {
         if shell == "bash" {
             let folder = Folder::new();
             let path = folder.file("completions", &out);
-            assert!(Command::new("bash").arg("-n").arg(path).status().unwrap().success());
+            assert!(Command::new("bash").arg("-n").arg(&path).status().unwrap().success());
+            assert_eq!(completed_by_bash(&path, &["sta"]), "status");
+            assert_eq!(completed_by_bash(&path, &["dead-letters", "re"]), "replay");
+            assert_eq!(completed_by_bash(&path, &["signature", "verify", "--any"]), "--any-age");
         }
     }
     refused(&["completions", "tcsh"], "invalid value 'tcsh'");

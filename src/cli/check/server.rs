@@ -49,7 +49,7 @@ pub(crate) fn check(hookd: &Hookd, webhooks: &[Webhook], report: &mut Report<'_>
             welcome.generation
         }
         Err(error) => {
-            report.say(Level::Error, &subject, &error.to_string())?;
+            report.say(Level::Error, &subject, error.cause())?;
             return report.say(Level::Warning, "rights", "not tried: there is no CouchDB to try them on");
         }
     };

@@ -35,9 +35,12 @@ pub(crate) fn ask(setup: &Setup, webhook: &Webhook) -> Vec<Right> {
         missing: None,
     }];
     for db in &webhook.db {
-        let what = format!("member of `{db}`: reads its changes, writes two `_local` documents");
+        let mut what = format!("member of `{db}`: reads its changes, writes two `_local` documents");
         let missing = match (exists(setup, db), needs_admin(db) && !who.is_admin) {
-            (Err(error), _) if error.kind() == Kind::NotFound => None,
+            (Err(error), _) if error.kind() == Kind::NotFound => {
+                what = format!("`{db}` does not exist; once it does it is read from its beginning");
+                None
+            }
             (Err(error), _) => Some(error.to_string()),
             (Ok(()), true) => Some("only a server admin reads it".to_owned()),
             (Ok(()), false) => None,
