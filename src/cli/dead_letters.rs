@@ -293,8 +293,15 @@ fn replay(which: &Which, setup: &Setup, plan: &Plan, out: &mut Out) -> Result<u8
         let stay: Vec<String> =
             counts.filter(|(_, n)| *n > 0).map(|(name, n)| format!("{n} {name}")).collect();
         let stay = if stay.is_empty() { String::new() } else { format!("; {} stay", stay.join(", ")) };
+        let hint = match number(&done, "superseded") {
+            0 => "",
+            _ => " (`--even-if-superseded` sends what is superseded)",
+        };
         let (name, delivered) = (&webhook.name, number(&done, "delivered"));
-        out.line(&format!("webhook `{name}`: {delivered} of {} delivered{stay}", count(all, "dead letter")))?;
+        out.line(&format!(
+            "webhook `{name}`: {delivered} of {} delivered{stay}{hint}",
+            count(all, "dead letter")
+        ))?;
     }
     office.close()?;
     Ok(u8::from(n_stay > 0))

@@ -318,6 +318,15 @@ fn needs_help(webhook: &Webhook, status: &WebhookStatus, now: Timestamp) -> Opti
     }
 }
 
+/// Webhooks that more than one daemon runs.
+fn run_twice(lines: &[Line]) -> Vec<&str> {
+    let mut n_daemons: BTreeMap<&str, usize> = BTreeMap::new();
+    for line in lines.iter().filter(|line| line.daemon.is_some()) {
+        *n_daemons.entry(&line.webhook).or_default() += 1;
+    }
+    n_daemons.into_iter().filter(|(_, n)| *n > 1).map(|(name, _)| name).collect()
+}
+
 fn show(lines: &[Line], daemons: &[Daemon], out: &mut Out) -> Result<()> {
     let mut table = Table::new(&[
         "WEBHOOK",
@@ -385,13 +394,11 @@ fn show(lines: &[Line], daemons: &[Daemon], out: &mut Out) -> Result<()> {
         );
         out.line(&text)?;
     }
-    let mut n_running: BTreeMap<&str, usize> = BTreeMap::new();
-    for line in lines.iter().filter(|line| line.daemon.is_some()) {
-        *n_running.entry(&line.webhook).or_default() += 1;
-    }
-    for (name, n) in n_running.into_iter().filter(|(_, n)| *n > 1) {
+    let twice = run_twice(lines);
+    if !twice.is_empty() {
+        let twice = twice.join("`, `");
         out.line(&format!(
-            "webhook `{name}` is run by {n} daemons, and each tells every change: one is enough"
+            "more than one daemon runs `{twice}`: each tells every change, and one is enough"
         ))?;
     }
     for line in lines {
@@ -405,6 +412,16 @@ fn show(lines: &[Line], daemons: &[Daemon], out: &mut Out) -> Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_webhook_that_two_daemons_run_is_found() {
+        let line = |name: &str, daemon: Option<&str>| Line {
+            daemon: daemon.map(str::to_owned),
+            ..Line::new(name, "running")
+        };
+        let lines = [line("a", Some("x")), line("b", None), line("a", Some("y")), line("b", Some("x"))];
+        assert_eq!(run_twice(&lines), ["a"]);
+    }
 
     #[test]
     fn what_should_have_passed_by_itself_needs_a_person() {
