@@ -105,11 +105,26 @@ impl Socket {
             return Ok(());
         }
         let timeout = timeout.for_write();
-        if let Some(limit) = new_limit(self.write_limit, limit_of(timeout)?) {
-            self.stream.set_write_timeout(limit)?;
-            self.write_limit = limit;
+        let (limit, began) = (limit_of(timeout)?, sys::now());
+        let mut n_sent = 0;
+        while n_sent < held {
+            // A reader that takes it in drips gets no more time than one that takes nothing.
+            let left = limit.map(|limit| limit.saturating_sub(sys::now() - began));
+            if left.is_some_and(|left| left.is_zero()) {
+                return Err(Error::Timeout(timeout.reason));
+            }
+            if let Some(limit) = new_limit(self.write_limit, left) {
+                self.stream.set_write_timeout(limit)?;
+                self.write_limit = limit;
+            }
+            match (&*self.stream).write(&self.buffers.output[n_sent..held]) {
+                Ok(0) => return Err(Error::Io(ErrorKind::WriteZero.into())),
+                Ok(n) => n_sent += n,
+                Err(error) if error.kind() == ErrorKind::Interrupted => {}
+                Err(error) => return Err(named(error, timeout)),
+            }
         }
-        (&*self.stream).write_all(&self.buffers.output[..held]).map_err(|error| named(error, timeout))
+        Ok(())
     }
 }
 

@@ -21,6 +21,7 @@ use crate::couch::requests::{self, Arguments as Asked, Command, Request};
 use crate::couch::state_db::{self, DeadLetterClass, WebhookRecord};
 use crate::couch::{feed, local_docs};
 use crate::error::{Error, Kind, Result};
+use crate::pure::message::Watch;
 use crate::pure::seq::Seq;
 use crate::pure::snapshot::{State, WebhookStatus};
 use crate::sys;
@@ -186,7 +187,9 @@ impl Stored {
         let record = record.unwrap_or_default();
         let key = or_nothing(state_db::known_key(server, state_db))?.flatten();
         let mut pending = None;
-        for db in webhook.db.iter().filter(|_| active) {
+        // What lies ahead in `state_db` are signs of life, mostly: their number says nothing.
+        let counts = active && webhook.watch == Watch::Changes;
+        for db in webhook.db.iter().filter(|_| counts) {
             let Some(key) = &key else { break };
             let seek = record.seeks.get(db);
             let position = or_nothing(local_docs::position(server, db, &webhook.name, key, seek))?;

@@ -15,7 +15,8 @@
 %%   kill N MIN MAX       N restarts, each after MIN to MAX milliseconds  -> kills begun; `kills done` when done
 %%   close                close the port: CouchDB is gone   -> closed
 %%   change SECTION KEY   restart if it is registered        -> restarted | not registered
-%%   counts               -> counts starts=3 exits=1 kills=2 gets=17 registers=0 logs=40 invalid=0 halted=false
+%%   counts               -> counts starts=3 exits=1 kills=2 gets=17 registers=0 logs=40 invalid=0 lines=9 halted=false
+%%                        (lines: of this life, the wrapper's own among them)
 %%   exit                 stop the daemon as CouchDB does when [os_daemons] changes, then end
 %% The end of stdin is CouchDB's own death: the port is closed, nothing is killed.
 %% Unasked it says `started PID`, `exited STATUS`, `halted`. The TRANSCRIPT gets what CouchDB would log, a line each,
@@ -40,7 +41,7 @@ main([Ini, Transcript | Command]) when Command =/= [] ->
     State = #{
         ini => Ini, log => Log, command => Wrapper ++ " " ++ string:join(Command, " "), counts => Counts,
         port => none, pid => none, kill => undefined, buf => [], patterns => [], errors => [],
-        status => stopped, kills_left => none, began => erlang:monotonic_time(millisecond)
+        status => stopped, lines => 0, kills_left => none, began => erlang:monotonic_time(millisecond)
     },
     loop(start(State));
 main(_) ->
@@ -63,7 +64,7 @@ start(#{command := Command} = State) ->
     Port = open_port({spawn, Command}, ?PORT_OPTIONS),
     {os_pid, Pid} = erlang:port_info(Port, os_pid),
     say("started ~b", [Pid]),
-    count(starts, State#{port := Port, pid := Pid, kill := undefined, buf := [], status := running}).
+    count(starts, State#{port := Port, pid := Pid, kill := undefined, buf := [], lines := 0, status := running}).
 
 loop(#{port := Port} = State) ->
     receive
@@ -71,7 +72,7 @@ loop(#{port := Port} = State) ->
             loop(State#{buf := [Data | maps:get(buf, State)]});
         {Port, {data, {eol, Data}}} ->
             Line = iolist_to_binary(lists:reverse(maps:get(buf, State), [Data])),
-            loop(take_line(Line, State#{buf := []}));
+            loop(take_line(Line, State#{buf := [], lines := maps:get(lines, State) + 1}));
         {Port, {exit_status, Status}} ->
             loop(exited(Status, State));
         {'EXIT', Port, _} ->
@@ -151,10 +152,6 @@ obey(["restart"], #{status := running} = State) ->
     Next = restart(State),
     say("restarted", []),
     Next;
-obey(["kill"], #{status := running, kill := undefined} = State) ->
-    %% The BEAM's forker loses the exit of a process that dies before it was let go: wait for its first line.
-    erlang:send_after(1, self(), {order, ["kill"]}),
-    State;
 obey(["kill"], #{status := running} = State) ->
     kill(State),
     say("killed", []),
@@ -172,10 +169,10 @@ obey(["close"], #{port := Port} = State) ->
     catch port_close(Port),
     say("closed", []),
     State#{port := none, status := stopped};
-obey(["counts"], #{counts := Counts, status := Status} = State) ->
+obey(["counts"], #{counts := Counts, status := Status, lines := Lines} = State) ->
     Texts = [io_lib:format("~s=~b ", [Name, maps:get(Name, Counts)])
         || Name <- [starts, exits, kills, gets, registers, logs, invalid]],
-    say("counts ~shalted=~s", [Texts, Status =:= halted]),
+    say("counts ~slines=~b halted=~s", [Texts, Lines, Status =:= halted]),
     State;
 obey(["exit"], #{status := Status, log := Log} = State) ->
     case Status of
