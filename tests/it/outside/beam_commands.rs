@@ -2,6 +2,7 @@
 
 use couch_hookd::standin::couch::Flavour;
 use couch_hookd::standin::quirks::{Fault, FaultKind};
+use couch_hookd::standin::receiver::Reaction;
 use serde_json::{Value, json};
 
 use crate::commands::{Desk, ask, wait_until_alive};
@@ -52,6 +53,44 @@ fn commands_reach_a_daemon_under_a_real_beam_that_is_killed_between_obeying_and_
         winners.keys().all(|doc| told(doc) >= 2) && has_all(record, "orders", &winners)
     });
     assert!(again, "{}", beam.transcript());
+    let counts = beam.counts();
+    assert_eq!((counts["invalid"], counts["exits"]), (0, 0), "{}", beam.transcript());
+}
+
+#[test]
+fn letters_are_sent_again_and_discarded_by_a_daemon_under_a_real_beam() {
+    if !super::beam_is_there() {
+        return;
+    }
+    let (couch, receiver, folder) = (couch(Flavour::V2, &["orders"]), receiver(), Dir::new());
+    receiver
+        .answer(|delivery| Reaction::Status(if delivery.doc_id().starts_with("bad") { 422 } else { 200 }));
+    let ini = Ini::new(&couch.url()).webhook("orders", &receiver.url(), "retry_schedule = 100ms");
+    let daemon = concat!(env!("CARGO_BIN_EXE_couch-hookd"), " os-daemon");
+    let mut beam = Beam::start(&folder.path("beam"), &ini.text(), daemon);
+    wait_until_alive(&couch);
+    for doc in ["bad0", "good0", "bad1", "good1"] {
+        couch.put("orders", doc, &json!({})).unwrap();
+    }
+    let letters = |n: usize| {
+        couch.wait_until(WAIT_MAX, |seen| {
+            let winners = seen.winners(STATE_DB);
+            winners.iter().filter(|(id, winner)| id.starts_with("msg_") && !winner.deleted).count() == n
+        })
+    };
+    assert!(letters(2), "{}", beam.transcript());
+    let desk = Desk::new(&ini);
+    assert!(desk.done(&["dead-letters", "list"]).contains("2 dead letters: 2 refused"));
+    receiver.answer(|_| Reaction::Status(200));
+    let said = desk.done(&["dead-letters", "replay", "--limit", "1", "--yes"]);
+    assert!(said.contains("1 of 1 dead letter delivered"), "{said}");
+    assert!(letters(1), "{}", beam.transcript());
+    let replayed = receiver.look(|record| record.deliveries().iter().filter(|one| one.replay).count());
+    assert_eq!(replayed, 1);
+    assert!(desk.done(&["dead-letters", "discard", "--yes"]).contains("1 dead letter deleted"));
+    assert!(letters(0), "{}", beam.transcript());
+    assert!(desk.done(&["test", "orders"]).contains("the endpoint takes events"));
+    assert!(desk.done(&["explain", "orders"]).contains("retry_schedule"));
     let counts = beam.counts();
     assert_eq!((counts["invalid"], counts["exits"]), (0, 0), "{}", beam.transcript());
 }
