@@ -38,9 +38,9 @@ const ANSWER_BYTES_MAX: u64 = 64 * 1024;
 const ANSWER_CHARS: usize = 300;
 /// Idle connections live this long; most servers close theirs after 5 to 75 s.
 const IDLE_MAX: Duration = Duration::from_secs(60);
-/// Buffers of one connection, in each direction, in bytes: the longest headers that are read, and few writes even
-/// for long payloads. `ureq`'s own are four times as long, and every connection has two.
-const BUFFER_BYTES: usize = 32 * 1024;
+/// Buffers of one connection, in each direction, in bytes: the longest headers that are read (servers allow 8 KiB by
+/// habit), and a write for most payloads. `ureq`'s own are eight times as long, and every connection has two.
+const BUFFER_BYTES: usize = 16 * 1024;
 
 const WEBHOOK_ID: HeaderName = HeaderName::from_static("webhook-id");
 const WEBHOOK_TIMESTAMP: HeaderName = HeaderName::from_static("webhook-timestamp");
