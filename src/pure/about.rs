@@ -67,7 +67,7 @@ pub struct About {
 /// Something that became so, to be kept.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Tell {
-    /// `webhook:orders`, `feed:orders/db`, `daemon`.
+    /// `webhook:orders`, `feed:orders/db`, `database.recreated:orders/db`, `daemon`.
     pub subject: String,
     /// One of [`TYPES`].
     pub event_type: &'static str,
@@ -92,10 +92,12 @@ impl Tell {
     /// About one database of a webhook.
     pub fn of_feed(webhook: &str, db: &str, event_type: &'static str, at: Timestamp, message: &str) -> Tell {
         let mut tell = Tell::of_webhook(webhook, event_type, at, &format!("database {db}: {message}"));
-        tell.subject = format!("feed:{webhook}/{db}");
         tell.data.insert("db".to_owned(), json!(db));
-        // What happened once more is to be told once more; what only goes on is not.
+        // What happens is no condition that ends: it has a document of its own, which a feed found again a moment
+        // later does not overwrite, and happening once more it is told once more.
         tell.again = matches!(event_type, FEED_REWOUND | RECREATED);
+        let kept_under = if tell.again { event_type } else { "feed" };
+        tell.subject = format!("{kept_under}:{webhook}/{db}");
         tell
     }
 
@@ -133,8 +135,6 @@ impl Condition {
         let known = stored.as_ref().map(|stored| stored.event_type.as_str());
         let is_news = match known {
             None => !ends,
-            // A feed that was rewound, or read anew, was never lost.
-            Some(FEED_REWOUND | RECREATED) if ends => false,
             Some(known) => known != tell.event_type,
         };
         let (rev, n) = stored.map_or((None, 0), |stored| (stored.rev, stored.n));
@@ -340,7 +340,14 @@ mod tests {
         assert_eq!(after(Some(RECOVERED), RECOVERED), None);
         assert_eq!(after(Some(FAILING), GONE), Some(5));
         assert_eq!(after(Some(FEED_REWOUND), FEED_REWOUND), Some(5), "it happened again");
-        assert_eq!(after(Some(RECREATED), FEED_RECOVERED), None);
+    }
+
+    #[test]
+    fn what_happens_is_not_overwritten_by_what_ends() {
+        let subject = |event_type| Tell::of_feed("orders", "db", event_type, at(), "x").subject;
+        assert_eq!(subject(FEED_LOST), subject(FEED_RECOVERED));
+        assert_ne!(subject(RECREATED), subject(FEED_RECOVERED));
+        assert_ne!(subject(RECREATED), subject(FEED_REWOUND));
     }
 
     #[test]

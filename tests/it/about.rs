@@ -133,6 +133,7 @@ fn a_feed_that_is_lost_and_found_is_told() {
     write(couch, "orders", 3);
     watched.world.wait_for_all("orders");
     watched.wait("database.recreated", "orders", 1);
+    watched.wait("feed.recovered", "orders", 1);
     // `events` is a choice: nothing else came.
     watched.ops.look(|record| {
         let types = record.deliveries().iter().map(|one| body(one)["type"].as_str().unwrap().to_owned());
