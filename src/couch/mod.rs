@@ -9,6 +9,7 @@ pub mod local_docs;
 pub mod node_config;
 pub mod refusal;
 pub mod requests;
+pub mod scheduler;
 #[cfg(test)]
 mod scripted;
 pub mod state_db;

@@ -18,6 +18,7 @@ pub mod message;
 pub mod os_daemon;
 pub mod rate;
 pub mod redact;
+pub mod replication;
 pub mod retry;
 mod scan;
 pub mod secret;
