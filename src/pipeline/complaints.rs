@@ -51,8 +51,9 @@ impl Outage {
 
     /// Says that the server does not answer, or does not let us in, unless that was said.
     pub fn say(&self, error: &Error) {
-        if !self.complaint.lock().expect("no thread panics with this lock").is_news(error.kind(), sys::now())
-        {
+        // A refused login, and our own gate that it shut, are one fault, in whatever order threads meet them.
+        let kind = if error.kind() == Kind::Unauthorized { Kind::Locked } else { error.kind() };
+        if !self.complaint.lock().expect("no thread panics with this lock").is_news(kind, sys::now()) {
             return;
         }
         match error.kind() {

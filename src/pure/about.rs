@@ -62,6 +62,8 @@ pub struct About {
     pub message: String,
     /// `data` of the payload.
     pub data: Box<str>,
+    /// Told even when something newer of the same subject follows.
+    pub is_kept: bool,
 }
 
 /// Something that became so, to be kept.
@@ -260,7 +262,7 @@ fn made(
     let (subject, message) = (text("about"), text("message"));
     data.insert("webhook".to_owned(), json!(telling.webhook));
     let data = Value::Object(data).to_string().into_boxed_str();
-    let about = About { event_type, subject, message, data };
+    let about = About { event_type, subject, message, data, is_kept: false };
     Event {
         id,
         doc_id,

@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use crate::pure::dispatch::batches::{Batch, Batching, Next};
 use crate::pure::endpoint::{self, Class, Endpoint, LetterClass, Moment, Outcome, Settings, Start, Verdict};
 use crate::pure::flow::{self, Flow, Opened, Position, Read, ReadFault};
-use crate::pure::message::{self, Arrived, Event};
+use crate::pure::message::{self, Arrived, Event, doc_key};
 use crate::pure::seq::Seq;
 use crate::pure::table::Table;
 
@@ -915,7 +915,7 @@ fn attempt(token: u64, flow: FlowIndex, event: Arc<Event>, attempt: u32) -> Atte
 
 /// Names a document over all databases of the webhook.
 fn lane_key(flow: FlowIndex, event: &Event) -> u64 {
-    event.doc_key() ^ (flow as u64).rotate_left(48)
+    doc_key(&event.doc_id) ^ (flow as u64).rotate_left(48)
 }
 
 #[cfg(test)]

@@ -372,7 +372,7 @@ impl Flow {
     /// Whether this event is the last thing told about its document. Not "was ever told": when the winner of a
     /// conflict is deleted, a revision told long ago wins again and must be told again.
     fn was_told(&self, event: &Event) -> bool {
-        if self.lanes.newest(&event.doc_id).is_some() {
+        if !event.is_kept() && self.lanes.newest(&event.doc_id).is_some() {
             return false;
         }
         match self.told.last(event.doc_key()) {
@@ -465,8 +465,11 @@ impl Flow {
         }
     }
 
-    /// Whether something newer of this document was told or is about to be.
+    /// Whether something newer of this document was told or is about to be, and stands for it.
     pub fn is_superseded(&self, event: &Event) -> bool {
+        if event.is_kept() {
+            return false;
+        }
         self.lanes.newest(&event.doc_id).is_some()
             || self.told.last(event.doc_key()).is_some_and(|short| short != event.id.short())
     }

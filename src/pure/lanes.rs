@@ -1,10 +1,11 @@
 //! One delivery in progress per document, the newest revision waiting behind it.
 //!
 //! Guarantees: two deliveries of one document are never open at once; what is sent later was read later; at
-//! most one revision per document waits, so a hot document cannot fill the window. Among documents the order
-//! is that of arrival, kept strictly when asked to.
+//! most one revision per document waits, so a hot document cannot fill the window; events that no newer one replaces
+//! (of replications) wait one behind the other. Among documents the order is that of arrival, kept strictly when asked
+//! to.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -36,12 +37,30 @@ impl Pending {
 struct Lane {
     /// In flight, or being looked up or stored as a dead letter.
     busy: Option<Pending>,
-    /// The newest revision that waits.
+    /// The newest revision that waits; the first of those that nothing replaces.
     waiting: Option<Pending>,
+    /// The others of those, in order of arrival.
+    behind: VecDeque<Pending>,
     /// Not before then; `None` = in `ready`.
     held_until: Option<Instant>,
     /// When it was last tried, as a count of attempts; 0 = never.
     tried: u64,
+}
+
+impl Lane {
+    fn newest(&mut self) -> Option<&mut Pending> {
+        self.behind.back_mut().or(self.waiting.as_mut()).or(self.busy.as_mut())
+    }
+
+    /// The same event read before. One that may be replaced counts only while it is the newest: what won before may
+    /// win again, behind another.
+    fn known(&mut self, event: &Event) -> Option<&mut Pending> {
+        if event.is_kept() {
+            let mut all = self.busy.iter_mut().chain(&mut self.waiting).chain(&mut self.behind);
+            return all.find(|pending| pending.event.id == event.id);
+        }
+        self.newest().filter(|newest| newest.event.id == event.id)
+    }
 }
 
 /// What of the lanes could go out together.
@@ -93,7 +112,8 @@ impl Lanes {
 
     /// When the oldest of them was read; looks at every one.
     pub fn oldest(&self) -> Option<jiff::Timestamp> {
-        let pending = self.lanes.values().flat_map(|lane| lane.busy.iter().chain(&lane.waiting));
+        let pending =
+            self.lanes.values().flat_map(|lane| lane.busy.iter().chain(&lane.waiting).chain(&lane.behind));
         pending.map(|pending| pending.event.read_at).min()
     }
 
@@ -105,7 +125,7 @@ impl Lanes {
     /// The id of the newest event of a document that is not finished.
     pub fn newest(&self, doc_id: &str) -> Option<WebhookId> {
         let lane = self.lanes.get(doc_id)?;
-        lane.waiting.as_ref().or(lane.busy.as_ref()).map(|pending| pending.event.id)
+        lane.behind.back().or(lane.waiting.as_ref()).or(lane.busy.as_ref()).map(|pending| pending.event.id)
     }
 
     /// Takes in an event. Gives the ordinal that this finishes: of the same event read before, or of an older
@@ -117,15 +137,17 @@ impl Lanes {
         let (key, _) = self.lanes.get_key_value(event.doc_id.as_str()).expect("inserted above");
         let key = Arc::clone(key);
         let lane = self.lanes.get_mut(&key).expect("inserted above");
-        let newest = lane.waiting.as_mut().or(lane.busy.as_mut());
-        if let Some(newest) = newest
-            && newest.event.id == event.id
-        {
-            return Some(std::mem::replace(&mut newest.ordinal, ordinal));
+        if let Some(known) = lane.known(&event) {
+            return Some(std::mem::replace(&mut known.ordinal, ordinal));
         }
         self.n_arrived += 1;
         self.n_pending += 1;
         self.bytes += event.bytes();
+        if event.is_kept() && lane.waiting.is_some() {
+            let (order, trial) = (self.n_arrived, Trial::default());
+            lane.behind.push_back(Pending { event: Arc::new(event), ordinal, order, trial });
+            return None;
+        }
         let queued = lane.busy.is_none() && lane.waiting.is_some();
         if queued {
             self.unqueue(&key);
@@ -258,6 +280,7 @@ impl Lanes {
         lane.held_until = None;
         lane.tried = self.n_tries;
         lane.busy = lane.waiting.take();
+        lane.waiting = lane.behind.pop_front();
         lane.busy.as_mut().expect("a queued lane has something that waits")
     }
 
@@ -288,15 +311,20 @@ impl Lanes {
         let key = self.busy.remove(&token)?;
         let lane = self.lanes.get_mut(&key).expect("a busy lane exists");
         let pending = lane.busy.take().expect("a busy lane has something busy");
-        let finished = match &mut lane.waiting {
+        let finished = match lane.waiting.take() {
+            Some(newer) if pending.event.is_kept() => {
+                lane.behind.push_front(newer);
+                lane.waiting = Some(pending);
+                None
+            }
             Some(newer) => {
-                newer.trial = pending.trial.of_successor();
                 self.n_pending -= 1;
                 self.bytes -= pending.event.bytes();
+                lane.waiting = Some(Pending { trial: pending.trial.of_successor(), ..newer });
                 Some(pending.ordinal)
             }
-            waiting @ None => {
-                *waiting = Some(pending);
+            None => {
+                lane.waiting = Some(pending);
                 None
             }
         };
@@ -313,18 +341,21 @@ impl Lanes {
         }
     }
 
-    /// Forgets all that waits; what is busy stays until its outcome.
+    /// Forgets all that waits and may be replaced; what is busy stays until its outcome.
     pub fn forget_waiting(&mut self) {
         self.ready.clear();
         self.held.clear();
-        let (n_pending, bytes) = (&mut self.n_pending, &mut self.bytes);
-        self.lanes.retain(|_, lane| {
+        let (n_pending, bytes, ready) = (&mut self.n_pending, &mut self.bytes, &mut self.ready);
+        self.lanes.retain(|key, lane| {
             lane.held_until = None;
-            if let Some(old) = lane.waiting.take() {
+            if let Some(old) = lane.waiting.take_if(|old| !old.event.is_kept()) {
                 *n_pending -= 1;
                 *bytes -= old.event.bytes();
             }
-            lane.busy.is_some()
+            if let (None, Some(kept)) = (&lane.busy, &lane.waiting) {
+                ready.insert(kept.order, Arc::clone(key));
+            }
+            lane.busy.is_some() || lane.waiting.is_some()
         });
     }
 
@@ -392,3 +423,80 @@ impl Lanes {
 
 /// Of a replay: no place in any feed.
 const NO_ORDINAL: u64 = u64::MAX;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::pure::about::About;
+    use crate::pure::message::EventDoc;
+    use crate::sys;
+
+    /// The `n`th thing told of `doc_id`.
+    fn event(doc_id: &str, n: u32, is_kept: bool) -> Event {
+        let data = n.to_string().into_boxed_str();
+        let about = About { event_type: "x", subject: doc_id.into(), message: String::new(), data, is_kept };
+        Event {
+            id: WebhookId::of(&(doc_id, n)),
+            doc_id: doc_id.into(),
+            rev: String::new(),
+            conflicts: Vec::new(),
+            deleted: false,
+            seq: None,
+            doc: EventDoc::Absent,
+            line: None,
+            about: Some(Box::new(about)),
+            read_at: jiff::Timestamp::UNIX_EPOCH,
+        }
+    }
+
+    fn take(lanes: &mut Lanes, token: u64) -> Option<String> {
+        let pending = lanes.take(sys::now(), token)?;
+        Some(pending.event.about.as_ref().unwrap().data.to_string())
+    }
+
+    #[test]
+    fn what_nothing_replaces_goes_one_by_one_in_order_whatever_fails_and_is_read_again() {
+        for strict in [false, true] {
+            let mut lanes = Lanes::new(strict);
+            for n in 1..=4 {
+                assert_eq!(lanes.arrive(event("a", n, true), u64::from(n)), None);
+            }
+            assert_eq!((lanes.len(), take(&mut lanes, 1).as_deref()), (4, Some("1")));
+            assert_eq!(take(&mut lanes, 2), None, "one at a time");
+            assert_eq!(lanes.retry(1, sys::now()), None);
+            // The feed is read anew from the first on.
+            for n in 1..=5 {
+                let before = lanes.arrive(event("a", n, true), u64::from(10 + n));
+                assert_eq!(before, (n < 5).then_some(u64::from(n)));
+            }
+            for n in 1..=5_u32 {
+                assert_eq!(take(&mut lanes, 100), Some(n.to_string()), "strict: {strict}");
+                assert_eq!(lanes.finish(100).unwrap().ordinal, u64::from(10 + n));
+            }
+            assert!(lanes.is_empty() && lanes.bytes() == 0);
+        }
+    }
+
+    #[test]
+    fn of_a_document_only_the_newest_waits() {
+        let mut lanes = Lanes::new(false);
+        assert_eq!(lanes.arrive(event("a", 1, false), 1), None);
+        assert_eq!(lanes.arrive(event("a", 2, false), 2), Some(1));
+        assert_eq!((lanes.len(), take(&mut lanes, 1).as_deref()), (1, Some("2")));
+    }
+
+    #[test]
+    fn forgetting_what_waits_keeps_what_nothing_replaces() {
+        let mut lanes = Lanes::new(false);
+        for (doc_id, is_kept) in [("a", true), ("b", false)] {
+            for n in 1..=2 {
+                lanes.arrive(event(doc_id, n, is_kept), u64::from(n));
+            }
+        }
+        lanes.forget_waiting();
+        assert_eq!(lanes.len(), 2);
+        assert_eq!((take(&mut lanes, 1).as_deref(), take(&mut lanes, 2)), (Some("1"), None));
+        lanes.finish(1);
+        assert_eq!(take(&mut lanes, 2).as_deref(), Some("2"));
+    }
+}

@@ -140,9 +140,15 @@ impl Event {
         FIXED + 2 * (self.doc_id.len() + seq) + conflicts + doc + about
     }
 
-    /// A number for its document, to key memory with.
+    /// Whether it is told even when something newer of the same subject follows: a state that a replication was in,
+    /// where of a document only the last one counts.
+    pub fn is_kept(&self) -> bool {
+        self.about.as_ref().is_some_and(|about| about.is_kept)
+    }
+
+    /// A number for its document, to key memory with. One that is kept stands for itself.
     pub fn doc_key(&self) -> u64 {
-        doc_key(&self.doc_id)
+        if self.is_kept() { self.id.short() } else { doc_key(&self.doc_id) }
     }
 }
 
