@@ -101,6 +101,13 @@ impl StateKey {
         hex_bytes(text).map(StateKey)
     }
 
+    /// An HMAC over `content`.
+    pub fn mac(&self, content: &[u8]) -> Hmac<Sha256> {
+        let mut mac = Hmac::<Sha256>::new_from_slice(&self.0).expect("HMAC takes a key of any length");
+        mac.update(content);
+        mac
+    }
+
     /// The text for `state_db`, and for nothing else.
     pub fn expose(&self) -> String {
         hex(&self.0)
@@ -234,9 +241,7 @@ impl Document<'_> {
         if let (Some(seek), Value::Array(content)) = (&self.seek, &mut content) {
             content.push(seek.as_str().into());
         }
-        let mut mac = Hmac::<Sha256>::new_from_slice(&key.0).expect("HMAC takes a key of any length");
-        mac.update(content.to_string().as_bytes());
-        mac
+        key.mac(content.to_string().as_bytes())
     }
 }
 

@@ -30,5 +30,6 @@ mod simulation;
 pub mod snapshot;
 pub mod table;
 pub mod test_event;
+pub mod transitions;
 pub mod url;
 pub mod watermark;
