@@ -1,20 +1,28 @@
 //! What CouchDB says of its replications: `_scheduler/docs` and `_scheduler/jobs` (2.1 and later), `_active_tasks`, and
 //! the checkpoints that a replication leaves.
 //!
-//! Guarantees that long lists are read to their end in pages of [`PAGE_ROWS`]: `total_rows` may exceed what is listed
-//! and pages shift while they are read, so the end is a page that holds nothing, and a row may come twice or not at
-//! all (CONTRACT §8). All of it needs a server admin.
+//! Guarantees that long lists are read to their end in pages of [`PAGE_ROWS`]: `total_rows` may be more or less than
+//! what is listed, and pages shift while they are read, so a row may come twice or not at all (CONTRACT §8). Nothing is
+//! filtered by CouchDB: with `states=` it looks through the first `skip + limit` documents of each shard only, so that
+//! pages lose rows (`couch_replicator_fabric_rpc`, 2.1 to 3.5). All of it needs a server admin.
 
 use http::Method;
 use serde::Deserialize;
+use serde::de::DeserializeOwned;
+use serde_json::Value;
 
-use crate::couch::client::{Server, db_path, encoded};
+use crate::couch::client::{Generation, Server, db_path, encoded};
+use crate::couch::feed;
 use crate::couch::refusal::from_json;
 use crate::error::{Context, Kind, Result};
+use crate::pure::lag;
 use crate::pure::replication::{Job, Row, Task};
+use crate::pure::seq::Seq;
 
 /// Rows of a page.
 pub const PAGE_ROWS: usize = 500;
+/// Changes are counted up to so many where CouchDB does not say how many there are.
+const COUNTED_MAX: u64 = 10_000;
 
 /// One page of a list.
 #[derive(Debug, Clone)]
@@ -25,34 +33,42 @@ pub struct Page<T> {
     pub rows: Vec<T>,
 }
 
-/// A page of `_scheduler/docs`, of one replicator database or of all.
+/// A page of `_scheduler/docs`, of one replicator database; `None` is `_replicator`: no request lists those of all
+/// databases. Rows as [`Row`], or as CouchDB wrote them.
 ///
 /// # Errors
 /// As [`Server::request`]; `BadRequest` or `NotFound` before CouchDB 2.1; `Forbidden` when we are no server admin.
-pub fn docs_page(server: &Server, db: Option<&str>, skip: usize, limit: usize) -> Result<Page<Row>> {
+pub fn docs_page<T: DeserializeOwned>(
+    server: &Server,
+    db: Option<&str>,
+    skip: usize,
+    limit: usize,
+) -> Result<Page<T>> {
     #[derive(Deserialize)]
-    struct Body {
+    struct Body<T> {
         #[serde(default)]
         total_rows: u64,
-        docs: Vec<Row>,
+        // So spelled when there is nothing at all (`couch_replicator_httpd_util:docs_cb`).
+        #[serde(alias = "rows")]
+        docs: Vec<T>,
     }
     let db = db.map_or_else(String::new, |db| format!("/{}", encoded(db)));
-    let body: Body = server.get_json(&format!("/_scheduler/docs{db}?limit={limit}&skip={skip}"))?;
+    let body: Body<T> = server.get_json(&format!("/_scheduler/docs{db}?limit={limit}&skip={skip}"))?;
     Ok(Page { total_rows: body.total_rows, rows: body.docs })
 }
 
-/// A page of `_scheduler/jobs`.
+/// A page of `_scheduler/jobs`. Rows as [`Job`], or as CouchDB wrote them.
 ///
 /// # Errors
 /// As [`docs_page`].
-pub fn jobs_page(server: &Server, skip: usize, limit: usize) -> Result<Page<Job>> {
+pub fn jobs_page<T: DeserializeOwned>(server: &Server, skip: usize, limit: usize) -> Result<Page<T>> {
     #[derive(Deserialize)]
-    struct Body {
+    struct Body<T> {
         #[serde(default)]
         total_rows: u64,
-        jobs: Vec<Job>,
+        jobs: Vec<T>,
     }
-    let body: Body = server.get_json(&format!("/_scheduler/jobs?limit={limit}&skip={skip}"))?;
+    let body: Body<T> = server.get_json(&format!("/_scheduler/jobs?limit={limit}&skip={skip}"))?;
     Ok(Page { total_rows: body.total_rows, rows: body.jobs })
 }
 
@@ -69,9 +85,13 @@ pub fn all<T>(
     loop {
         let Page { total_rows, rows } = page(skip, PAGE_ROWS)?;
         let n_rows = rows.len();
-        skip += PAGE_ROWS;
-        // A short page is no end: CouchDB leaves out what changed its state while it looked.
-        if !each(rows) || n_rows == 0 || skip as u64 >= total_rows {
+        // Rows are skipped, not documents: a page is one short for every design document that it passed over, and
+        // what followed them comes next.
+        skip += n_rows;
+        // A short page is no end: CouchDB leaves out what changed its state while it looked. What it counts is none
+        // either: up to 3.2 it takes off one for a design document that somebody may have deleted.
+        let counted_out = n_rows < PAGE_ROWS && skip as u64 >= total_rows;
+        if !each(rows) || n_rows == 0 || counted_out {
             return Ok(());
         }
     }
@@ -113,6 +133,30 @@ pub fn checkpoint(server: &Server, db: &str, id: &str) -> Result<Option<serde_js
     known(server.get_json(&db_path(db, &["_local", id])))
 }
 
+/// How many changes of a database of this server lie behind the place that a checkpoint holds (`source_last_seq`), or
+/// [`COUNTED_MAX`] for "at least so many" where CouchDB gives no `pending`; before 2.0 the distance of two integers, of
+/// which documents that changed twice are a part. Filters are not known of. `None` when the database, or the place in
+/// it, is not there.
+///
+/// # Errors
+/// As [`Server::request`].
+pub fn pending_after(
+    server: &Server,
+    generation: Generation,
+    db: &str,
+    place: &Value,
+) -> Result<Option<u64>> {
+    if generation == Generation::One {
+        let info: Option<Value> = known(server.get_json(&db_path(db, &[])))?;
+        return Ok(info.and_then(|info| lag::behind(&info["update_seq"], place)));
+    }
+    let Some(since) = Seq::from_json(&place.to_string()) else { return Ok(None) };
+    match known(feed::count_after(server, db, &since, None, COUNTED_MAX)) {
+        Err(error) if error.kind() == Kind::BadSince => Ok(None),
+        counted => counted,
+    }
+}
+
 /// A replication's document, as JSON; `None` when there is none.
 ///
 /// # Errors
@@ -135,11 +179,14 @@ fn known<T>(found: Result<T>) -> Result<Option<T>> {
 mod tests {
     use super::*;
 
-    /// Reads a list of which CouchDB counts `total_rows` and lists what `rows` gives for each page.
-    fn read(total_rows: u64, rows: &[&[u32]]) -> Vec<u32> {
+    /// Reads a list of which CouchDB counts `total_rows`; of these documents it lists those that are true, and looks
+    /// at no more than `skip + limit` of them for a page, as it does within a shard.
+    #[track_caller]
+    fn check(total_rows: u64, documents: &[bool]) {
         let mut found = Vec::new();
-        let page = |skip: usize, _| {
-            let rows = rows.get(skip / PAGE_ROWS).unwrap_or(&&[][..]).to_vec();
+        let page = |skip: usize, limit: usize| {
+            let seen = documents.iter().enumerate().take(skip + limit);
+            let rows = seen.filter(|(_, listed)| **listed).map(|(at, _)| at).skip(skip).take(limit).collect();
             Ok(Page { total_rows, rows })
         };
         all(page, &mut |rows| {
@@ -147,14 +194,40 @@ mod tests {
             true
         })
         .unwrap();
-        found
+        let listed: Vec<usize> = (0..documents.len()).filter(|at| documents[*at]).collect();
+        assert_eq!(found, listed);
     }
 
     #[test]
     fn a_list_is_read_to_its_end_whatever_is_counted() {
-        assert_eq!(read(4, &[&[]]), [0; 0], "2.2.0 counts four and lists none at its start");
-        assert_eq!(read(1_200, &[&[1], &[2, 3], &[4]]), [1, 2, 3, 4], "a short page is no end");
-        assert_eq!(read(5_000, &[&[1], &[]]), [1], "what is counted and not listed ends it");
-        assert_eq!(read(0, &[&[1]]), [1]);
+        check(4, &[]);
+        check(0, &[true]);
+        check(1_299, &[true; 1_300]);
+        check(5_000, &[true; 500]);
+        check(499, &[true; 500]);
+        check(1_200, &[true; 1_200]);
+    }
+
+    #[test]
+    fn what_is_not_listed_takes_no_row_with_it() {
+        let mut documents = [true; 1_300];
+        documents[0] = false;
+        check(1_299, &documents);
+        documents[499..504].fill(false);
+        documents[1_299] = false;
+        check(1_300, &documents);
+    }
+
+    #[test]
+    fn whoever_has_enough_ends_it() {
+        let page =
+            |skip, limit| Ok(Page { total_rows: u64::MAX, rows: (skip..skip + limit).collect::<Vec<_>>() });
+        let mut n_rows = 0;
+        all(page, &mut |rows| {
+            n_rows += rows.len();
+            n_rows < 1_000
+        })
+        .unwrap();
+        assert_eq!(n_rows, 1_000);
     }
 }

@@ -11,6 +11,7 @@ pub mod flow;
 pub mod format;
 pub mod guard;
 pub mod ini;
+pub mod lag;
 pub mod lanes;
 pub mod log_limit;
 pub mod login;

@@ -11,6 +11,16 @@ use jiff::Timestamp;
 use serde::{Deserialize, Deserializer, Serialize};
 use serde_json::{Map, Value};
 
+/// Whether a CouchDB of this version (`GET /`) has `_scheduler`: from 2.1 on. Before, documents bear all there is.
+pub fn has_scheduler(version: &str) -> bool {
+    let mut numbers = version.split(['.', '-']).map_while(|number| number.parse::<u32>().ok());
+    match numbers.next() {
+        Some(0 | 1) => false,
+        Some(2) => numbers.next().is_some_and(|minor| minor >= 1),
+        _ => true,
+    }
+}
+
 /// Where a replication is, in CouchDB's own words (2.1 and later). The `triggered` of 1.x is [`State::Running`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
@@ -349,6 +359,15 @@ mod tests {
 
     fn row(json: &str) -> Row {
         serde_json::from_str(json).unwrap()
+    }
+
+    #[test]
+    fn the_scheduler_came_with_2_1() {
+        let with: Vec<_> = ["1.7.1", "2.0.0", "2.1.0", "2.2.0", "2.3.1-last", "3.5.0", "10.0"]
+            .into_iter()
+            .filter(|version| has_scheduler(version))
+            .collect();
+        assert_eq!(with, ["2.1.0", "2.2.0", "2.3.1-last", "3.5.0", "10.0"]);
     }
 
     #[test]
