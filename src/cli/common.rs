@@ -10,10 +10,11 @@ use crate::cli::out::complain;
 use crate::cli::run::{Source, where_to_ask};
 use crate::config::finding::{Finding, Origin, Raw};
 use crate::config::source::{self, Overrides, Sources};
-use crate::config::{self, Config, Webhook, keys, values};
+use crate::config::{self, Config, Webhook, values};
 use crate::couch::client::{Server, Welcome};
 use crate::couch::node_config::NodeConfig;
 use crate::error::{Context, Error, Kind, Result};
+use crate::pure::nearest::nearest_of;
 use crate::sys;
 
 /// A configuration that can be used, and the server it is for.
@@ -81,7 +82,7 @@ impl Setup {
             return Err(Error::new(Kind::Config, format!("webhook `{name}`: its section has an error")));
         }
         let names: Vec<&str> = self.config.webhooks.iter().map(|webhook| webhook.name.as_str()).collect();
-        let hint = match keys::nearest_of(name, names.iter().copied(), 2) {
+        let hint = match nearest_of(name, names.iter().copied(), 2) {
             Some(near) => format!("did you mean `{near}`?"),
             None if names.is_empty() => "[hookd.webhooks] lists none".to_owned(),
             None => format!("there are `{}`", names.join("`, `")),

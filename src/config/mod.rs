@@ -26,6 +26,7 @@ use crate::pure::dispatch::batches::Batching;
 use crate::pure::format::Format;
 use crate::pure::guard::Guard;
 use crate::pure::message::Watch;
+use crate::pure::nearest::nearest_of;
 use crate::pure::rate::RateLimit;
 use crate::pure::secret::Secret;
 use crate::pure::url::Url;
@@ -158,8 +159,8 @@ fn unlisted_sections(raw: &Raw, listed: &BTreeMap<&str, &Value>, findings: &mut 
         // What follows the last dot may be a listed name although what stands before it is wrong.
         let name = lower.rsplit('.').next().unwrap_or_default().trim();
         let without_section = |name: &&&str| !raw.sections.contains_key(&format!("hookd.webhook.{name}"));
-        let meant = keys::nearest_of(name, listed.keys().filter(without_section).copied(), 1);
-        let fixed = keys::nearest_of(&lower, ["hookd", "hookd.webhooks"], 2).filter(|_| exact.is_none());
+        let meant = nearest_of(name, listed.keys().filter(without_section).copied(), 1);
+        let fixed = nearest_of(&lower, ["hookd", "hookd.webhooks"], 2).filter(|_| exact.is_none());
         findings.push(match (meant, fixed) {
             (Some(meant), _) => {
                 let message = format!(

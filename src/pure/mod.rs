@@ -16,6 +16,7 @@ pub mod lanes;
 pub mod log_limit;
 pub mod login;
 pub mod message;
+pub mod nearest;
 pub mod os_daemon;
 pub mod rate;
 pub mod redact;
