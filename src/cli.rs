@@ -15,6 +15,7 @@ mod out;
 mod pause;
 mod prompt;
 mod receive;
+mod replications;
 mod run;
 mod secret;
 mod seek;
@@ -69,6 +70,8 @@ enum Command {
     Seek(seek::Arguments),
     /// List, show, send again or delete what endpoints refused
     DeadLetters(dead_letters::Arguments),
+    /// Look into CouchDB's replications
+    Replications(replications::Arguments),
     /// Show the whole on a machine with nothing installed, with a kill -9 in the middle
     Demo(demo::Arguments),
     /// Receive webhooks, verify and print them
@@ -109,6 +112,7 @@ pub fn main() -> u8 {
         Command::Resume(arguments) => pause::resume(arguments, out),
         Command::Seek(arguments) => seek::run(arguments, out),
         Command::DeadLetters(arguments) => dead_letters::run(arguments, out),
+        Command::Replications(arguments) => replications::run(arguments, out),
         Command::Demo(arguments) => demo::run(&arguments, out),
         Command::Receive(arguments) => receive::run(arguments, out),
         Command::Signature(arguments) => signature::run(arguments, out),
@@ -133,6 +137,8 @@ pub fn reference_markdown() -> String {
                 let value = word.get_value_names().and_then(|names| names.first());
                 let value =
                     value.map_or_else(|| word.get_id().as_str(), |value| value.as_str()).to_uppercase();
+                // A bar ends a cell, in code too.
+                let value = value.replace('|', "\\|");
                 if word.is_required_set() { format!(" {value}") } else { format!(" [{value}]") }
             });
             let about = one.get_about().map(ToString::to_string).unwrap_or_default();

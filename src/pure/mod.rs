@@ -20,6 +20,7 @@ pub mod nearest;
 pub mod os_daemon;
 pub mod rate;
 pub mod redact;
+pub mod rep_doc;
 pub mod replication;
 pub mod retry;
 mod scan;

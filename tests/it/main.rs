@@ -23,6 +23,7 @@ mod http_client;
 mod kills;
 mod receiver;
 mod recreation;
+mod replications_check;
 mod secrets;
 mod sharing;
 mod standin;
