@@ -6,7 +6,7 @@
 //! their history entries as CouchDB makes them, and `last_updated` is the time of the newest.
 //! How it is shown over HTTP is `scheduler_routes`' subject.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
 
 use jiff::Timestamp;
 use serde_json::{Value, json};
@@ -204,6 +204,8 @@ pub(crate) struct Replicator {
     pub(crate) transient: BTreeMap<String, Entry>,
     /// Rows to leave out of the next so many listings.
     pub(crate) hidden: BTreeMap<(String, String), u32>,
+    /// What rows are to show after the next listings that have them.
+    scripts: BTreeMap<(String, String), VecDeque<Replication>>,
     pub(crate) n_listings: u64,
     pub(crate) n_rows: u64,
     n_processes: u64,
@@ -266,6 +268,32 @@ impl StandIn {
         self.world.change(|state| replicate(state, db, id, replication))
     }
 
+    /// As [`StandIn::replicate`] with the first of these, and with each of the others in turn after a listing of
+    /// `_scheduler/docs` that had the row; the last one stays.
+    ///
+    /// # Errors
+    /// No such database or document, or no state.
+    pub fn replicate_by_listing(
+        &self,
+        db: &str,
+        id: &str,
+        states: impl IntoIterator<Item = Replication>,
+    ) -> Result<()> {
+        let mut states: VecDeque<Replication> = states.into_iter().collect();
+        let first = states.pop_front().ok_or_else(|| Error::new(Kind::BadRequest, "expected a state"))?;
+        self.world.change(|state| {
+            replicate(state, db, id, first)?;
+            state.replicator.scripts.insert((db.to_owned(), id.to_owned()), states);
+            Ok(())
+        })
+    }
+
+    /// How many states of [`StandIn::replicate_by_listing`] are still to come.
+    pub fn n_states_to_come(&self, db: &str, id: &str) -> usize {
+        let key = (db.to_owned(), id.to_owned());
+        self.world.lock().replicator.scripts.get(&key).map_or(0, VecDeque::len)
+    }
+
     /// Says in which state a replication of `_replicate` is; `id` with `+continuous` where it is. A terminal state
     /// ends it.
     pub fn replicate_transient(&self, id: &str, source: &str, target: &str, replication: Replication) {
@@ -302,6 +330,17 @@ impl StandIn {
             state.replicator.entries.clear();
             state.replicator.transient.clear();
         });
+    }
+}
+
+/// What comes behind a listing that had these rows.
+pub(crate) fn on_listed(state: &mut State, name: &str, ids: Vec<String>) {
+    for id in ids {
+        let key = (name.to_owned(), id);
+        if let Some(next) = state.replicator.scripts.get_mut(&key).and_then(VecDeque::pop_front) {
+            // The document may be gone; then so is its script.
+            let _ = replicate(state, name, &key.1, next);
+        }
     }
 }
 

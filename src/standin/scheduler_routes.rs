@@ -12,7 +12,7 @@ use crate::standin::couch::{Flavour, State};
 use crate::standin::docs::{Document, Refusal, members, quoted};
 use crate::standin::http::Request;
 use crate::standin::quirks::take_one;
-use crate::standin::replicator::{Entry, Happened, ReplicationState, object, or_null, seq, time};
+use crate::standin::replicator::{self, Entry, Happened, ReplicationState, object, or_null, seq, time};
 use crate::standin::routes::{NODE, Outcome, Reply, Who, check_name, need_admin};
 use crate::standin::store::Database;
 
@@ -124,7 +124,7 @@ fn docs(state: &mut State, name: &str, request: &Request) -> Outcome {
             }
         }
     }
-    let mut rows = Vec::new();
+    let (mut rows, mut ids) = (Vec::new(), Vec::new());
     for (id, doc) in listed {
         replicator.n_rows += 1;
         let lost = is_nth(quirks.scheduler_row_lost_every, replicator.n_rows);
@@ -137,8 +137,11 @@ fn docs(state: &mut State, name: &str, request: &Request) -> Outcome {
             None => stored_row(*flavour, name, id, doc),
         };
         rows.push(object(&row));
+        ids.push(id.to_owned());
     }
-    if *flavour == Flavour::V2 {
+    let is_old = *flavour == Flavour::V2;
+    replicator::on_listed(state, name, ids);
+    if is_old {
         total = total.saturating_sub(1);
     }
     let (offset, rows) = (asked_skip.min(total), rows.join(",\r\n"));

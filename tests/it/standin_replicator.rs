@@ -391,6 +391,17 @@ fn last_updated_moves_while_a_state_stays_and_history_grows() {
 }
 
 #[test]
+fn a_row_goes_through_states_listing_by_listing() {
+    let couch = start(Flavour::V3);
+    put_simple(&couch, DB, "r");
+    let states = [Running, Pending, Failed].map(Replication::new);
+    couch.replicate_by_listing(DB, "r", states).unwrap();
+    let seen = [(); 4].map(|()| rows(&couch, "/_scheduler/docs")[0].1.clone());
+    assert_eq!(seen, ["running", "pending", "failed", "failed"]);
+    assert_eq!(couch.n_states_to_come(DB, "r"), 0);
+}
+
+#[test]
 fn only_admins_see_replications() {
     for flavour in [Flavour::V1, Flavour::V2, Flavour::V3] {
         let options = Options { admin: Some(("admin".into(), "right".into())), ..Options::new(flavour) };
