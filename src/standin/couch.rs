@@ -5,8 +5,9 @@
 //! miss behind the end, and a crash that takes back what was not committed. It does on demand what no real
 //! server does on demand: see [`Quirks`]. Bodies keep every byte but blanks, so that a test can tell whether
 //! somebody re-wrote them.
-//! Leaves out: views, attachments, Mango queries, replication, users in `_users`, anything that survives the
-//! process. Documents, `_changes`, `_local`, configuration and logins are what couch-hookd needs.
+//! Leaves out: views, attachments, Mango queries, users in `_users`, anything that survives the process; replications
+//! have the states that a test gives them (`replicator`), nothing is replicated. Documents, `_changes`, `_local`,
+//! configuration and logins are what couch-hookd needs.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::net::SocketAddr;
@@ -20,6 +21,7 @@ use crate::standin::changes_feed;
 use crate::standin::docs::{Incoming, Refusal, Rev};
 use crate::standin::http::{Answer, Request, Server, locked};
 use crate::standin::quirks::{FaultKind, Quirks};
+use crate::standin::replicator::Replicator;
 use crate::standin::routes::{self, Reply};
 use crate::standin::store::Database;
 use crate::sys;
@@ -100,7 +102,7 @@ pub struct Winner {
 
 /// A running stand-in. Dropping it stops it.
 pub struct StandIn {
-    world: Arc<World>,
+    pub(crate) world: Arc<World>,
     server: Server,
 }
 
@@ -368,6 +370,7 @@ pub(crate) struct State {
     pub(crate) n_open_feeds: usize,
     /// Changes that feeds have looked at, passed or not.
     pub(crate) n_scanned: u64,
+    pub(crate) replicator: Replicator,
     pub(crate) rng: fastrand::Rng,
     pub(crate) stopped: bool,
     requests: VecDeque<Logged>,
@@ -415,6 +418,7 @@ impl State {
             wrong_logins: BTreeMap::new(),
             n_open_feeds: 0,
             n_scanned: 0,
+            replicator: Replicator::default(),
             rng: fastrand::Rng::with_seed(options.seed),
             stopped: false,
             requests: VecDeque::new(),
@@ -439,7 +443,7 @@ impl State {
         true
     }
 
-    fn db(&mut self, db: &str) -> Result<&mut Database> {
+    pub(crate) fn db(&mut self, db: &str) -> Result<&mut Database> {
         self.databases.get_mut(db).ok_or_else(|| Error::new(Kind::NotFound, format!("no database `{db}`")))
     }
 
@@ -452,7 +456,8 @@ impl State {
     }
 }
 
-fn said(refusal: Refusal) -> Error {
+/// A refusal as those see it who do not ask over HTTP.
+pub(crate) fn said(refusal: Refusal) -> Error {
     let kind = match refusal.status {
         404 => Kind::NotFound,
         409 => Kind::Conflict,

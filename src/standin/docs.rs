@@ -202,6 +202,19 @@ impl Incoming {
     }
 }
 
+/// The members of a JSON object in order, names decoded, values as they stand.
+///
+/// # Errors
+/// It is no JSON object.
+pub(crate) fn members(json: &str) -> Result<Vec<(String, String)>, Refusal> {
+    let bad = |_| Refusal::new(400, "bad_request", "Document must be a JSON object");
+    let Members(members) = serde_json::from_str(json).map_err(bad)?;
+    let named = |(key, value): (&RawValue, &RawValue)| {
+        (serde_json::from_str(key.get()).unwrap_or_default(), value.get().to_owned())
+    };
+    Ok(members.into_iter().map(named).collect())
+}
+
 /// A JSON object's members in order, as they stand.
 struct Members<'a>(Vec<(&'a RawValue, &'a RawValue)>);
 

@@ -8,11 +8,13 @@ pub mod http;
 pub mod quirks;
 pub mod receiver;
 pub mod record;
+pub mod replicator;
 
 mod changes_feed;
 mod doc_routes;
 mod docs;
 mod routes;
+mod scheduler_routes;
 mod selector;
 mod seqs;
 mod store;

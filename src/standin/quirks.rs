@@ -42,6 +42,13 @@ pub struct Quirks {
     pub feeds_outlive_database: bool,
     /// `instance_start_time` is `"0"`, as on 2.0 to 3.2.
     pub no_creation_time: bool,
+    /// Every so-manieth `_scheduler/docs` is answered with CouchDB's 500.
+    pub scheduler_fails_every: Option<u64>,
+    /// Pages of `_scheduler/docs` but the first begin up to this many rows before or after the right one, as when
+    /// documents come and go between two pages.
+    pub scheduler_shift_max: usize,
+    /// Every so-manieth row is missing from `_scheduler/docs`.
+    pub scheduler_row_lost_every: Option<u64>,
     /// Nodes of the cluster beside the one that answers.
     pub n_other_nodes: usize,
 }

@@ -14,6 +14,7 @@ use crate::standin::couch::{Flavour, State};
 use crate::standin::doc_routes;
 use crate::standin::docs::{Refusal, quoted};
 use crate::standin::http::{Answer, Request};
+use crate::standin::scheduler_routes;
 use crate::standin::seqs;
 use crate::standin::store::Database;
 
@@ -21,7 +22,8 @@ use crate::standin::store::Database;
 const UNRESERVED: AsciiSet = NON_ALPHANUMERIC.remove(b'-').remove(b'.').remove(b'_').remove(b'~');
 /// From so many wrong passwords on an account is locked (3.4 and later).
 const WRONG_LOGINS_MAX: u32 = 5;
-const NODE: &str = "couchdb@127.0.0.1";
+/// Who answers.
+pub(crate) const NODE: &str = "couchdb@127.0.0.1";
 
 /// A whole answer.
 #[derive(Debug)]
@@ -129,7 +131,7 @@ pub(crate) fn login(state: &mut State, request: &Request) -> Result<Who, Refusal
     Err(Refusal::new(401, "unauthorized", "Name or password is incorrect."))
 }
 
-fn need_admin(who: &Who) -> Result<(), Refusal> {
+pub(crate) fn need_admin(who: &Who) -> Result<(), Refusal> {
     if *who == Who::Admin {
         return Ok(());
     }
@@ -203,6 +205,8 @@ fn route(state: &mut State, request: &Request) -> Outcome {
             let names: Vec<String> = state.databases.keys().map(|name| quoted(name)).collect();
             Ok(Reply::ok(format!("[{}]", names.join(","))))
         }
+        ("GET", ["_active_tasks"]) => scheduler_routes::active_tasks(state, &who),
+        (_, ["_scheduler", rest @ ..]) => scheduler_routes::scheduler(state, &who, method, rest, request),
         ("POST", ["_dbs_info"]) if !old => dbs_info(state, request),
         (_, ["_config", rest @ ..]) if old => config(state, &who, method, rest, &request.body),
         ("GET", ["_node", "_local"]) if current => Ok(Reply::ok(format!(r#"{{"name":"{NODE}"}}"#))),
@@ -340,7 +344,7 @@ fn on_database(state: &mut State, who: &Who, method: &str, name: &str, request: 
     }
 }
 
-fn check_name(name: &str) -> Result<(), Refusal> {
+pub(crate) fn check_name(name: &str) -> Result<(), Refusal> {
     let fine =
         |letter: char| letter.is_ascii_lowercase() || letter.is_ascii_digit() || "_$()+-/".contains(letter);
     let system = ["_users", "_replicator", "_global_changes"].contains(&name);

@@ -136,7 +136,12 @@ impl Database {
         shard.by_seq.insert(shard.seq, id);
     }
 
-    fn shard_of(&self, id: &str) -> usize {
+    pub(crate) fn n_shards(&self) -> usize {
+        self.shards.len()
+    }
+
+    /// The shard a document lies in.
+    pub(crate) fn shard_of(&self, id: &str) -> usize {
         let hash = Sha256::digest(id.as_bytes());
         usize::from(hash[0]) % self.shards.len()
     }

@@ -28,6 +28,7 @@ mod secrets;
 mod sharing;
 mod standin;
 mod standin_recorded;
+mod standin_replicator;
 mod trial;
 mod world;
 
