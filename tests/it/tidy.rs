@@ -35,6 +35,7 @@ const TESTS: &[&str] = &[
     "src/pure/dispatch/tests.rs",
     "src/pure/endpoint/tests.rs",
     "src/pure/flow/tests.rs",
+    "src/pure/rep_error/tests.rs",
 ];
 
 /// Who makes HTTP requests, and what that needs.
