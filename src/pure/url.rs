@@ -153,6 +153,51 @@ pub fn shown(text: &str) -> String {
     format!("{} {}", url.origin(), fingerprint(&url.without_userinfo()))
 }
 
+/// What may be shown of a replication's `source` or `target`: scheme, host, port and path, nothing else, or the bare
+/// name of a database as 1.x and 2.x take it. Takes CouchDB's masked form (`http://admin:*****@h/db/`), too; `***`
+/// for everything that is neither. The path stays as written, with or without its last slash.
+pub fn shown_url(text: &str) -> String {
+    if is_db_name(text) {
+        return text.to_owned();
+    }
+    without_secrets(text).unwrap_or_else(|| "***".to_owned())
+}
+
+/// Scheme, host, port and path of an absolute URL; `None` where they cannot be told from the rest for certain.
+pub fn without_secrets(text: &str) -> Option<String> {
+    let (scheme, rest) = text.split_once("://")?;
+    let scheme = scheme.to_ascii_lowercase();
+    if !["http", "https", "socks5"].contains(&scheme.as_str()) {
+        return None;
+    }
+    let (login, after) = rest.rsplit_once('@').unwrap_or(("", rest));
+    // `http://u:p/w@h`: is the path `/w@h`, or the password `p/w`? CouchDB says the latter.
+    if login.contains(['/', '?', '#']) {
+        return None;
+    }
+    let (authority, rest) = after.split_at(after.find(['/', '?', '#']).unwrap_or(after.len()));
+    let (host, port) = host_and_port(authority).ok()?;
+    let bare = host.trim_start_matches('[').trim_end_matches(']');
+    if !bare.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'.' | b'-' | b'_' | b':')) {
+        return None;
+    }
+    let path = rest.split(['?', '#']).next().unwrap_or_default();
+    let odd = |b: u8| !b.is_ascii_graphic() || b"\"'<>\\^`{|}".contains(&b);
+    if path.bytes().any(odd) {
+        return None;
+    }
+    let port = port.map(|port| format!(":{port}")).unwrap_or_default();
+    Some(format!("{scheme}://{}{port}{path}", host.to_ascii_lowercase()))
+}
+
+/// Whether CouchDB would take it for the name of a database.
+fn is_db_name(text: &str) -> bool {
+    const BYTES_MAX: usize = 238;
+    let may_begin = text.starts_with(|c: char| c.is_ascii_lowercase() || c == '_');
+    let may_hold = |b: u8| b.is_ascii_lowercase() || b.is_ascii_digit() || b"_$()+/-".contains(&b);
+    may_begin && text.len() <= BYTES_MAX && text.bytes().all(may_hold)
+}
+
 fn host_and_port(text: &str) -> Result<(&str, Option<u16>), String> {
     let (host, port) = if text.starts_with('[') {
         let end = text.find(']').ok_or("an IPv6 address without `]`")?;
@@ -247,6 +292,39 @@ mod tests {
         assert_eq!(shown("https://Shop.example:8443/hooks?token=1"), "https://shop.example:8443 #5a892f");
         assert_ne!(shown("https://shop.example/a"), shown("https://shop.example/b"));
         assert_eq!(shown("shop.example/a"), "***");
+    }
+
+    #[test]
+    fn of_a_replication_scheme_host_port_and_path_are_shown() {
+        let check = |text: &str, expected: &str| assert_eq!(shown_url(text), expected, "{text}");
+        check("http://admin:*****@127.0.0.1:5984/fixture/", "http://127.0.0.1:5984/fixture/");
+        check("HTTPS://u:p%40ss@Couch.example/a%2Fb?token=t#x", "https://couch.example/a%2Fb");
+        check("https://u:p@ss@h/db", "https://h/db");
+        check("http://[::1]:5984/db", "http://[::1]:5984/db");
+        check("socks5://u:p@h:1080", "socks5://h:1080");
+        check("http://couch_db:5984/x", "http://couch_db:5984/x");
+        check("orders", "orders");
+        check("eu/_replicator", "eu/_replicator");
+        for hidden in [
+            "",
+            "http://",
+            "http://u:p/w@h/db",
+            "http://12/34@h/db",
+            "http://u:p?w@h/db",
+            "http://u:p%40h/db",
+            "http://u%3Ap%40h/db",
+            "http:/u:p@h/db",
+            "http://h/a b",
+            "http://h/a\nb",
+            "http://h/`x`",
+            "ftp://u:p@h/db",
+            "u:p@h/db",
+            "u@h/db",
+            "Token",
+            "{\"url\":1}",
+        ] {
+            check(hidden, "***");
+        }
     }
 
     #[test]

@@ -36,6 +36,7 @@ const TESTS: &[&str] = &[
     "src/pure/endpoint/tests.rs",
     "src/pure/flow/tests.rs",
     "src/pure/rep_doc/tests.rs",
+    "src/pure/rep_error/tests.rs",
 ];
 
 /// Who makes HTTP requests, and what that needs.
