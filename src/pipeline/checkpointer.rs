@@ -21,7 +21,7 @@ use crate::sys::{self, Thread};
 const PACE: Duration = Duration::from_millis(100);
 /// So many may go at once after a quiet time.
 const BURST: u32 = 10;
-/// Subscriptions that may wait for their turn; one each.
+/// Subscriptions that may wait for their turn; one each. The queue touches all its memory at once: it holds pointers.
 const WAITING_MAX: usize = 16 * 1024;
 
 /// One checkpoint to store, and where to say how it went.
@@ -57,7 +57,7 @@ pub struct Stored {
 }
 
 /// Takes jobs. Cheap to clone; the thread ends when the last one is gone.
-pub type CheckpointSender = Sender<Job>;
+pub type CheckpointSender = Sender<Box<Job>>;
 
 /// Starts the thread.
 ///
@@ -68,7 +68,7 @@ pub fn start() -> Result<(CheckpointSender, Thread)> {
     Ok((to, sys::spawn("checkpointer", move || run(&jobs))?))
 }
 
-fn run(jobs: &Receiver<Job>) {
+fn run(jobs: &Receiver<Box<Job>>) {
     // The time at which the next one is due if all had come at the pace.
     let mut due = sys::now();
     while let Ok(job) = jobs.recv() {

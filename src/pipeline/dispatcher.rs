@@ -748,7 +748,7 @@ impl<'a> Dispatcher<'a> {
                     flow,
                     to: self.channels.stored.0.clone(),
                 };
-                if self.shared.checkpoints.try_send(job).is_err() {
+                if self.shared.checkpoints.try_send(Box::new(job)).is_err() {
                     self.dispatch.on_checkpoint(flow, None, now);
                 }
             }

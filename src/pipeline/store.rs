@@ -27,7 +27,8 @@ use crate::pure::format::generation;
 use crate::pure::message::{Event, Telling, Watch, WebhookId};
 use crate::sys::{self, Thread};
 
-/// Errands under way at most: every unfinished event may have one, and a few more for the record.
+/// Errands under way at most: every unfinished event may have one, and a few more for the record. The queue touches all
+/// its memory at once: it holds pointers.
 const ERRANDS_MAX: usize = 3 * WINDOW_EVENTS;
 /// What is to be told of ourselves and could not be kept is tried again after this.
 const TELL_AGAIN: Duration = Duration::from_secs(2);
@@ -86,7 +87,7 @@ type Tells = Arc<Mutex<BTreeMap<String, Tell>>>;
 
 /// A running store.
 pub struct Store {
-    errands: Sender<Errand>,
+    errands: Sender<Box<Errand>>,
     tells: Tells,
     thread: Thread,
 }
@@ -112,7 +113,8 @@ impl Store {
 
     /// Orders an errand.
     pub fn order(&self, errand: Errand) {
-        self.errands.try_send(errand).expect("the store lives, and has room for an errand of every event");
+        let sent = self.errands.try_send(Box::new(errand));
+        sent.expect("the store lives, and has room for an errand of every event");
     }
 
     /// Orders that something about ourselves is kept, for webhooks that tell of it; what waits of the same subject is
@@ -140,7 +142,7 @@ struct State {
 }
 
 impl State {
-    fn run(self, orders: &Receiver<Errand>) {
+    fn run(self, orders: &Receiver<Box<Errand>>) {
         let Shared { server, state_db, .. } = &self.shared;
         let place = format!("webhook `{}`", self.webhook.name);
         loop {
@@ -152,7 +154,7 @@ impl State {
                 false => orders.recv_timeout(TELL_AGAIN),
             };
             let errand = match next {
-                Ok(errand) => errand,
+                Ok(errand) => *errand,
                 Err(RecvTimeoutError::Timeout) => Errand::Tell,
                 Err(RecvTimeoutError::Disconnected) => return,
             };

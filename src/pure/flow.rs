@@ -13,7 +13,7 @@
 //!   '-- any error, mark changed: wait a little, then Open: read mark, checkpoint, begin behind it
 //! ```
 
-use std::collections::{BTreeMap, HashSet, VecDeque};
+use std::collections::{BTreeMap, HashSet};
 use std::time::{Duration, Instant};
 
 use crate::pure::endpoint::Trial;
@@ -21,12 +21,11 @@ use crate::pure::lanes::Lanes;
 use crate::pure::message::{Arrived, Event};
 use crate::pure::seq::Seq;
 use crate::pure::table::Table;
+use crate::pure::told::Told;
 use crate::pure::watermark::Watermark;
 
 /// Rows of a page, at most: pages of 100 read half as fast as pages of 1,000 (DESIGN §8).
 pub const PAGE_ROWS: usize = 1_000;
-/// Deliveries remembered against rewinds.
-const TOLD_MAX: usize = 10_000;
 /// Deliveries beyond `through_seq` that a checkpoint names.
 const BEYOND_MAX: usize = 1_000;
 /// The first checkpoint after the first delivery comes this soon: kills that come faster must not stop it moving.
@@ -539,31 +538,6 @@ impl Flow {
     /// All up to here is finished.
     pub fn through_seq(&self) -> &Seq {
         self.watermark.through_seq()
-    }
-}
-
-/// The last thing told about each of the last [`TOLD_MAX`] documents.
-#[derive(Debug, Default)]
-struct Told {
-    /// A tree: a hash table of a constant number of entries that come and go doubles some day.
-    last: BTreeMap<u64, u64>,
-    order: VecDeque<u64>,
-}
-
-impl Told {
-    fn last(&self, doc_key: u64) -> Option<u64> {
-        self.last.get(&doc_key).copied()
-    }
-
-    fn insert(&mut self, doc_key: u64, short: u64) {
-        if self.last.insert(doc_key, short).is_none() {
-            self.order.push_back(doc_key);
-            if self.order.len() > TOLD_MAX
-                && let Some(oldest) = self.order.pop_front()
-            {
-                self.last.remove(&oldest);
-            }
-        }
     }
 }
 

@@ -35,6 +35,7 @@ mod simulation;
 pub mod snapshot;
 pub mod table;
 pub mod test_event;
+mod told;
 pub mod transitions;
 pub mod url;
 pub mod watermark;
