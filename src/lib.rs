@@ -37,6 +37,7 @@ pub mod log;
 pub mod names;
 pub mod pipeline;
 pub mod pure;
+pub mod replication;
 pub mod socket;
 pub mod standin;
 pub mod sys;

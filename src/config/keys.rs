@@ -46,6 +46,8 @@ pub enum Kind {
     Size(u64, u64),
     /// `10/s`, `100/m`, `1000/h`, or `off`.
     Rate,
+    /// `3, 10m`, or `off`.
+    Retries,
     /// HTTP statuses, separated by commas, or `off`.
     Statuses,
     /// Event types, separated by commas; `*` stands for any text.
@@ -80,7 +82,7 @@ pub struct Key {
 }
 
 /// Words of `watch` that a later version takes.
-pub const WATCH_LATER: [&str; 2] = ["databases", "replications"];
+pub const WATCH_LATER: [&str; 1] = ["databases"];
 
 /// Keys that a later version takes.
 pub const LATER: [(Section, &str); 3] =
@@ -194,15 +196,15 @@ pub const KEYS: &[Key] = &[
     ),
     webhook(
         "watch",
-        Kind::Word(&["changes", "daemon"]),
+        Kind::Word(&["changes", "replications", "daemon"]),
         "changes",
-        "What is told: changes of documents, or events about couch-hookd itself.",
+        "What is told: changes of documents, states of replications, or events about couch-hookd itself.",
     ),
     optional(webhook(
         "db",
         Kind::Databases,
         "orders, orders-archive",
-        "Databases, by name. Without it: the webhook's own name.",
+        "Databases, by name. Without it: the webhook's own name; with `watch = replications` `_replicator`.",
     )),
     webhook(
         "since",
@@ -214,7 +216,34 @@ pub const KEYS: &[Key] = &[
         "events",
         Kind::Events,
         "document.*",
-        "Event types: `document.updated`, `document.deleted`; with `watch = daemon` all of `docs/events.md`, default `*`.",
+        "Event types, see `docs/events.md`. Default with `watch = replications`: all but `replication.initializing`, \
+         `replication.pending` and `replication.running`; with `watch = daemon`: `*`.",
+    ),
+    webhook(
+        "poll_interval",
+        Kind::Duration(ms(100), h(1)),
+        "5s",
+        "With `watch = replications`: how often CouchDB's scheduler is asked; a changed replication document is seen sooner.",
+    ),
+    webhook(
+        "confirm_polls",
+        Kind::Count(1, 100),
+        "2",
+        "With `watch = replications`: a state counts when it was seen so often in a row; `completed` and `failed` at once.",
+    ),
+    webhook(
+        "stalled_after",
+        Kind::Duration(s(1), h(24 * 7)),
+        "10m",
+        "With `watch = replications`: a replication that runs, has changes pending and makes no progress for so long is \
+         told as `replication.stalled`.",
+    ),
+    webhook(
+        "retry_failed",
+        Kind::Retries,
+        "off",
+        "With `watch = replications`: `3, 10m` submits a `failed` replication again, 10 minutes after each failure, at most \
+         3 times until it goes well.",
     ),
     optional(webhook(
         "selector",
@@ -356,6 +385,7 @@ impl fmt::Display for Kind {
             Kind::Count(min, max) => write!(f, "number, {min} to {max}"),
             Kind::Size(min, max) => write!(f, "size, {} to {}", short_size(*min), short_size(*max)),
             Kind::Rate => f.write_str("`N/s`, `N/m`, `N/h`, or `off`"),
+            Kind::Retries => f.write_str("how often, after how long; or `off`"),
             Kind::Statuses => f.write_str("statuses, by commas, or `off`"),
             Kind::Events => f.write_str("event types, by commas"),
             Kind::JsonObject => f.write_str("JSON object"),

@@ -29,6 +29,7 @@ use crate::pure::message::Watch;
 use crate::pure::nearest::nearest_of;
 use crate::pure::rate::RateLimit;
 use crate::pure::secret::Secret;
+use crate::pure::transitions;
 use crate::pure::url::Url;
 
 /// Sections that are read whatever they hold: ours, and those that say where CouchDB listens. The section of
@@ -234,6 +235,15 @@ pub enum LogFormat {
     Json,
 }
 
+/// How a webhook looks at replications.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Polling {
+    /// How often.
+    pub interval: Duration,
+    /// What counts.
+    pub transitions: transitions::Settings,
+}
+
 /// One webhook: a line of `[hookd.webhooks]` and its section `[hookd.webhook.NAME]`.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Webhook {
@@ -243,10 +253,12 @@ pub struct Webhook {
     pub endpoint: Secret,
     /// Where events come from.
     pub watch: Watch,
-    /// Databases, named singly; with `watch = daemon` it is `state_db`.
+    /// Databases, named singly; with `watch = daemon` it is `state_db`, with `watch = replications` replicator databases.
     pub db: Vec<String>,
     /// Where to start in the databases that exist when the webhook first starts.
     pub since: Since,
+    /// How replications are looked at.
+    pub polling: Polling,
     /// Event types to send, patterns with `*`: `document.*`.
     pub events: Vec<String>,
     /// Filter that CouchDB runs.

@@ -124,6 +124,14 @@ fn defaults_are_those_of_the_table() {
                         "orders",
                     ],
                     since: Now,
+                    polling: Polling {
+                        interval: 5s,
+                        transitions: Settings {
+                            confirm_polls: 2,
+                            stalled_after: 600s,
+                            retry_failed: None,
+                        },
+                    },
                     events: [
                         "document.*",
                     ],
@@ -421,9 +429,9 @@ fn faults_of_a_webhook_are_said() {
             ""
                 fine
             "watch = replications"
-                watch: `replications` is not available in this version; expected `changes` or `daemon`
+                fine
             "watch = dogs"
-                watch: expected `changes` or `daemon`, got `dogs`
+                watch: expected `changes` or `replications` or `daemon`, got `dogs`
             "db = tenant-*"
                 db: patterns are not available in this version: expected databases by their names, got `tenant-*`
             "db = orders, !orders-old"

@@ -12,6 +12,7 @@ use crate::pure::about;
 use crate::pure::guard::Network;
 use crate::pure::rate::RateLimit;
 use crate::pure::signature::Key;
+use crate::pure::transitions;
 
 /// As much of a text as an error may show: 40 characters, and none of one that looks like a secret put into
 /// the wrong key.
@@ -159,6 +160,21 @@ pub(crate) fn size(text: &str, min: u64, max: u64) -> Result<u64, String> {
 /// The most attempts that a `rate_limit` may name.
 const RATE_MAX: u32 = 1_000_000;
 
+/// `3, 10m`: how often, after how long; `off` is never.
+pub(crate) fn retries(text: &str) -> Result<Option<(u32, Duration)>, String> {
+    if text == "off" {
+        return Ok(None);
+    }
+    let [n, after] = list(text).collect::<Vec<_>>()[..] else {
+        return Err(format!(
+            "expected `off`, or how often and after how long, such as `3, 10m`, got `{}`",
+            shown(text)
+        ));
+    };
+    let n = u32::try_from(count(n, 1, 1_000)?).expect("at most 1,000");
+    Ok(Some((n, duration(after, Duration::from_secs(1), Duration::from_secs(24 * 3600))?)))
+}
+
 /// `10/s`, `100/m`, `1000/h`; `off` is none.
 pub(crate) fn rate_limit(text: &str) -> Result<Option<RateLimit>, String> {
     if text == "off" {
@@ -260,14 +276,23 @@ pub(crate) fn events(text: &str) -> Result<Vec<String>, String> {
 
 /// Types of events about ourselves and patterns of them, separated by commas. Each must match something.
 pub(crate) fn daemon_events(text: &str) -> Result<Vec<String>, String> {
+    let expected =
+        "types such as `webhook.failing`, `feed.lost`, `daemon.started` or a pattern such as `webhook.*`";
+    events_of(&about::TYPES, expected, text)
+}
+
+/// Likewise of replications.
+pub(crate) fn replication_events(text: &str) -> Result<Vec<String>, String> {
+    let expected =
+        "types such as `replication.failed`, `replication.recovered` or a pattern such as `replication.*`";
+    events_of(&transitions::TYPES, expected, text)
+}
+
+fn events_of(types: &[&str], expected: &str, text: &str) -> Result<Vec<String>, String> {
     let mut all = Vec::new();
     for part in list(text) {
-        if !about::TYPES.iter().any(|event_type| matches_pattern(part, event_type)) {
-            return Err(format!(
-                "expected types such as `webhook.failing`, `feed.lost`, `daemon.started` or a pattern such as `webhook.*`, \
-                 got `{}`",
-                shown(part)
-            ));
+        if !types.iter().any(|event_type| matches_pattern(part, event_type)) {
+            return Err(format!("expected {expected}, got `{}`", shown(part)));
         }
         all.push(part.to_owned());
     }

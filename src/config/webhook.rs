@@ -11,12 +11,13 @@ use crate::config::finding::{Finding, Value};
 use crate::config::hookd::small;
 use crate::config::keys::{self, Section};
 use crate::config::reader::{self, Reader};
-use crate::config::{Filter, Hookd, Since, Webhook, values};
+use crate::config::{Filter, Hookd, Polling, Since, Webhook, values};
 use crate::pure::dispatch::batches::Batching;
 use crate::pure::format::Format;
 use crate::pure::guard::{self, Guard, Level};
-use crate::pure::message::Watch;
+use crate::pure::message::{Redaction, Watch};
 use crate::pure::secret::Secret;
+use crate::pure::transitions;
 use crate::pure::url::{self, Url};
 
 /// Whether a webhook may be called so: `[a-z0-9][a-z0-9_-]{0,39}`.
@@ -40,6 +41,7 @@ pub(crate) fn parse(
     let mut found = check_endpoint(name, endpoint);
     let watch = match reader.word("watch", &keys::WATCH_LATER) {
         "daemon" => Watch::Daemon,
+        "replications" => Watch::Replications,
         _ => Watch::Changes,
     };
     let format = Format::parse(reader.word("format", &[])).expect("the table's words are those of formats");
@@ -49,7 +51,11 @@ pub(crate) fn parse(
         watch,
         db: match watch {
             Watch::Changes => databases(&mut reader, name, state_db),
-            Watch::Daemon => no_databases(&mut reader, state_db, format),
+            Watch::Daemon => {
+                no_changes(&mut reader, "daemon", &["db"], format);
+                vec![state_db.unwrap_or_default().to_owned()]
+            }
+            Watch::Replications => replicator_databases(&mut reader, format),
         },
         since: since(&mut reader),
         events: match watch {
@@ -57,7 +63,13 @@ pub(crate) fn parse(
             Watch::Daemon => {
                 reader.read_set("events", values::daemon_events).unwrap_or_else(|| vec!["*".to_owned()])
             }
+            Watch::Replications => {
+                reader.read_set("events", values::replication_events).unwrap_or_else(|| {
+                    transitions::default_types().iter().map(|name| (*name).to_owned()).collect()
+                })
+            }
         },
+        polling: polling(&mut reader, watch),
         filter: filter(&mut reader),
         include_docs: reader.flag("include_docs"),
         conflicts: reader.flag("conflicts"),
@@ -145,31 +157,66 @@ fn databases(reader: &mut Reader<'_>, name: &str, state_db: Option<&str>) -> Vec
 }
 
 /// Keys that say which changes of documents are told, and how.
-const OF_CHANGES: [&str; 9] = [
-    "db",
-    "selector",
-    "filter",
-    "filter_params",
-    "doc_ids",
-    "view",
-    "include_docs",
-    "conflicts",
-    "design_docs",
-];
+const OF_CHANGES: [&str; 8] =
+    ["selector", "filter", "filter_params", "doc_ids", "view", "include_docs", "conflicts", "design_docs"];
 
-/// Events about ourselves come from `state_db`, and that is that.
-fn no_databases(reader: &mut Reader<'_>, state_db: Option<&str>, format: Format) -> Vec<String> {
-    for key in OF_CHANGES {
+/// What is told is no change of a document, so what says which ones, or `also`, has no meaning.
+fn no_changes(reader: &mut Reader<'_>, watch: &str, also: &[&str], format: Format) {
+    for key in OF_CHANGES.iter().chain(also) {
         if reader.is_set(key) {
-            reader.error(key, "has no meaning with `watch = daemon`; delete the line");
+            reader.error(key, format!("has no meaning with `watch = {watch}`; delete the line"));
         }
     }
     if format == Format::Raw {
-        let message =
-            "expected another format, got `raw`: with `watch = daemon` there is no change line to send";
+        let message = format!(
+            "expected another format, got `raw`: with `watch = {watch}` there is no change line to send"
+        );
         reader.error("format", message);
     }
-    vec![state_db.unwrap_or_default().to_owned()]
+}
+
+fn replicator_databases(reader: &mut Reader<'_>, format: Format) -> Vec<String> {
+    no_changes(reader, "replications", &[], format);
+    let parse = |text: &str| {
+        let mut names = Vec::new();
+        for part in values::list(text) {
+            let database = values::database(part)?;
+            if Redaction::of_db(&database) != Redaction::Replicator {
+                return Err(format!(
+                    "expected `_replicator` or databases whose names end in `/_replicator`, got `{}`",
+                    values::shown(part)
+                ));
+            }
+            if !names.contains(&database) {
+                names.push(database);
+            }
+        }
+        if names.is_empty() {
+            Err("expected databases, separated by commas, got none".to_owned())
+        } else {
+            Ok(names)
+        }
+    };
+    reader.read_set("db", parse).unwrap_or_else(|| vec!["_replicator".to_owned()])
+}
+
+fn polling(reader: &mut Reader<'_>, watch: Watch) -> Polling {
+    if watch != Watch::Replications {
+        for key in ["poll_interval", "confirm_polls", "stalled_after", "retry_failed"] {
+            if reader.is_set(key) {
+                reader.warning(key, "has a meaning only with `watch = replications`; delete the line");
+            }
+        }
+    }
+    Polling {
+        interval: reader.duration("poll_interval"),
+        transitions: transitions::Settings {
+            confirm_polls: u32::try_from(reader.count("confirm_polls"))
+                .expect("the table bounds this number"),
+            stalled_after: reader.duration("stalled_after"),
+            retry_failed: reader.with_default("retry_failed", values::retries),
+        },
+    }
 }
 
 fn since(reader: &mut Reader<'_>) -> Since {

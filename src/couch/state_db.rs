@@ -429,6 +429,16 @@ pub fn dead_letter_exists(server: &Server, state_db: &str, id: &str) -> Result<b
     Ok(found(server.request(&Method::GET, &db_path(state_db, &[id]), None, &[]))?.is_some())
 }
 
+/// A letter by its `webhook-id`, if it is stored.
+///
+/// # Errors
+/// As [`Server::request`].
+pub fn dead_letter(server: &Server, state_db: &str, id: &str) -> Result<Option<DeadLetter>> {
+    let path = db_path(state_db, &[id]);
+    let reply = found(server.request(&Method::GET, &path, None, &[]))?;
+    reply.map(|body| from_json(&body).context(|| format!("GET {path}"))).transpose()
+}
+
 /// Stores a letter; one that is there already is fine. When this returns, it is on the disk.
 ///
 /// # Errors

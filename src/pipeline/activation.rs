@@ -17,7 +17,8 @@ use crate::pipeline::Shared;
 use crate::pipeline::store::change_record;
 use crate::pure::checkpoint::{Checkpoint, Mark};
 use crate::pure::dispatch::{FlowIndex, SuspectLetter};
-use crate::pure::message::WebhookId;
+use crate::pure::message::{Watch, WebhookId};
+use crate::replication;
 use crate::sys;
 
 /// What a webhook starts with.
@@ -117,8 +118,12 @@ fn first_start(shared: &Shared, webhook: &config::Webhook) -> Result<BTreeMap<St
         // One that is there is of an attempt that was killed before the record was written, or the record was
         // lost: then it is what knows best, and where it is not believed, the beginning loses nothing.
         if webhook.since == Since::Now && opened.checkpoint_rev.is_none() {
-            let through_seq =
-                feed::resolve_now(server, db, generation).context(|| format!("database `{db}`"))?;
+            let through_seq = match webhook.watch {
+                Watch::Replications => replication::position_now(),
+                Watch::Changes | Watch::Daemon => {
+                    feed::resolve_now(server, db, generation).context(|| format!("database `{db}`"))?
+                }
+            };
             let checkpoint = Checkpoint {
                 through_seq,
                 mark: opened.mark,

@@ -253,6 +253,13 @@ fn say_start(shared: &Shared, webhook: &config::Webhook, active: &Active) -> boo
     if webhook.watch == Watch::Daemon {
         let first = if active.first { "starts for the first time" } else { "goes on" };
         log::info!("webhook `{name}` {first}: tells events about couch-hookd itself");
+    } else if webhook.watch == Watch::Replications {
+        let first = match (active.first, &webhook.since) {
+            (true, config::Since::Now) => "starts for the first time, from now on,",
+            (true, config::Since::Beginning) => "starts for the first time",
+            (false, _) => "goes on",
+        };
+        log::info!("webhook `{name}` {first}: tells how the replications of `{databases}` are");
     } else if active.first {
         let from = match webhook.since {
             config::Since::Now => "from now on",

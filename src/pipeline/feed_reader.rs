@@ -25,8 +25,9 @@ use crate::pure::checkpoint::{Checkpoint, Mark, Seek};
 use crate::pure::dispatch::FlowIndex;
 use crate::pure::flow::{Opened, Read, ReadFault};
 use crate::pure::format::Format;
-use crate::pure::message::{Arrived, Telling};
+use crate::pure::message::{Arrived, Telling, Watch};
 use crate::pure::seq::Seq;
+use crate::replication::{Looking, Monitor, Waited};
 use crate::sys::{self, Thread};
 
 /// A feed without filter that is silent for this much longer than its `timeout` is dead.
@@ -95,10 +96,22 @@ impl Reader {
         let (commands, orders) = bounded(1);
         let stopping = Arc::new(AtomicBool::new(false));
         let name = format!("feed:{}/{}", webhook.name, telling.db);
+        let monitor = (webhook.watch == Watch::Replications).then(|| {
+            let looking = Looking {
+                server: shared.server.clone(),
+                key: shared.key.clone(),
+                telling: telling.clone(),
+                polling: webhook.polling,
+                seek: seek.clone(),
+                stopping: Arc::clone(&stopping),
+            };
+            Monitor::new(looking, &shared.hookd)
+        });
         let state = State {
             shared: shared.clone(),
             filter: webhook.filter.clone(),
             telling,
+            monitor,
             seek,
             flow,
             to,
@@ -147,6 +160,8 @@ struct State {
     shared: Shared,
     filter: Option<config::Filter>,
     telling: Telling,
+    /// Reads in the place of `feed`, with `watch = replications`.
+    monitor: Option<Monitor>,
     /// Where a command has set the webhook.
     seek: Option<Seek>,
     flow: FlowIndex,
@@ -190,7 +205,8 @@ impl State {
         let Shared { server, key, .. } = &self.shared;
         let (db, webhook) = (&self.telling.db, &self.telling.webhook);
         // The server may be another one than at our start: upgraded, or moved to.
-        self.generation = server.welcome()?.generation;
+        let welcome = server.welcome()?;
+        self.generation = welcome.generation;
         if self.generation == Generation::One && matches!(self.filter, Some(config::Filter::Selector(_))) {
             let found = "`selector` needs CouchDB 2.0 or later, and this server is older; use a filter function \
                 (`filter = ddoc/name`) instead";
@@ -224,6 +240,9 @@ impl State {
             let delivered = checkpoint.delivered.iter().map(|id| id.0).collect();
             (checkpoint.through_seq, delivered)
         });
+        if let Some(monitor) = &mut self.monitor {
+            monitor.open(&welcome, opened.mark, checkpoint.as_ref().map(|(through_seq, _)| through_seq))?;
+        }
         let found = Opened {
             mark: opened.mark.to_string(),
             recreated: opened.recreated && checkpoint.is_none(),
@@ -251,6 +270,9 @@ impl State {
         let (db, life) = (&self.telling.db, known.life.as_deref());
         if !local_docs::is_same(&self.shared.server, db, &known.mark, life)? {
             return Ok(Fed::Failed(self.flow, ReadFault::Changed, None));
+        }
+        if self.monitor.is_some() {
+            return self.monitor(&since, kind);
         }
         let mark = known.mark.to_string();
         let request = FeedRequest {
@@ -296,6 +318,24 @@ impl State {
         }
         let closed = result? != FeedEnd::Complete;
         Ok(self.end(end.0, end.1, closed))
+    }
+
+    /// What is told of replications behind a position, in the place of changes.
+    fn monitor(&mut self, since: &Seq, kind: FeedKind) -> Result<Fed> {
+        let (flow, to) = (self.flow, &self.to);
+        let mut emit = |rows: Vec<Arrived>| to.send(Fed::Rows(flow, rows)).is_ok();
+        let monitor = self.monitor.as_mut().expect("asked by the caller");
+        match kind {
+            FeedKind::Page { limit } => {
+                let (rows, last_seq) = monitor.page(since, limit as usize);
+                let closed = !rows.is_empty() && !emit(rows);
+                Ok(self.end(Some(last_seq), None, closed))
+            }
+            FeedKind::Continuous { timeout } => {
+                let Waited { last_seq, closed } = monitor.wait(&mut self.feed, since, timeout, &mut emit)?;
+                Ok(self.end(Some(last_seq), None, closed))
+            }
+        }
     }
 
     fn end(&self, last_seq: Option<Seq>, pending: Option<u64>, closed: bool) -> Fed {

@@ -25,6 +25,7 @@ use crate::pure::document::Document;
 use crate::pure::endpoint::WINDOW_EVENTS;
 use crate::pure::format::generation;
 use crate::pure::message::{Event, Telling, Watch, WebhookId};
+use crate::pure::transitions::telling;
 use crate::sys::{self, Thread};
 
 /// Errands under way at most: every unfinished event may have one, and a few more for the record. The queue touches all
@@ -229,6 +230,11 @@ impl State {
 
     /// Reads a document as a feed would show it.
     fn fetch(&self, flow: FlowIndex, letter: &SuspectLetter, mark: Mark) -> Result<Fetched> {
+        if self.tellings[flow].watch == Watch::Replications {
+            let stored =
+                state_db::dead_letter(&self.shared.server, &self.shared.state_db, &letter.id.to_string())?;
+            return Ok(now_or_gone(stored.and_then(|stored| of_payload(&stored))));
+        }
         let query = if self.tellings[flow].conflicts { "?conflicts=true" } else { "" };
         // Deleted, or with its database: the feed tells what became of it.
         let Some(event) = self.read(flow, &letter.doc_id, query, mark)? else { return Ok(Fetched::Gone) };
@@ -245,6 +251,10 @@ impl State {
         mark: Mark,
         asked: Asked,
     ) -> Result<Fetched> {
+        if self.tellings[flow].watch == Watch::Replications {
+            // What was told of a replication stands in the letter, and nowhere else.
+            return Ok(now_or_gone(of_payload(letter)));
+        }
         if letter.mark != mark {
             // Of a database that is gone: what bears its name now has told everything anew.
             return Ok(Fetched::Gone);
@@ -336,6 +346,13 @@ fn unread(error: &Error) -> Fetched {
         | Kind::Config
         | Kind::Io => Fetched::Unreadable(error.to_string()),
     }
+}
+
+/// The event that a letter holds itself.
+fn of_payload(letter: &DeadLetter) -> Option<Event> {
+    let id = WebhookId::parse(&letter.id)?;
+    let payload = letter.payload.as_ref()?.get();
+    telling::event_of_letter(id, &letter.event_type, &letter.doc_id, letter.first_attempt_at, payload)
 }
 
 fn now_or_gone(event: Option<Event>) -> Fetched {

@@ -108,6 +108,12 @@ impl StateKey {
         mac
     }
 
+    /// A number that only we can make of this one.
+    pub fn number(&self, number: u64) -> u64 {
+        let hash = self.mac(&number.to_be_bytes()).finalize().into_bytes();
+        hash.iter().take(8).fold(0, |number, byte| number << 8 | u64::from(*byte))
+    }
+
     /// The text for `state_db`, and for nothing else.
     pub fn expose(&self) -> String {
         hex(&self.0)

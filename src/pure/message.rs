@@ -217,6 +217,8 @@ pub enum Watch {
     Changes,
     /// Ourselves, as `state_db` keeps it.
     Daemon,
+    /// States of replications, as CouchDB's scheduler and their documents tell them.
+    Replications,
 }
 
 /// What one subscription tells: everything that turns its rows into events and events into bodies.
@@ -261,7 +263,12 @@ impl Telling {
 
     /// Whether its type is among those to be told.
     pub fn wants(&self, event: &Event) -> bool {
-        self.events.iter().any(|pattern| matches(pattern, event.event_type()))
+        self.wants_type(event.event_type())
+    }
+
+    /// Whether events of this type are to be told.
+    pub fn wants_type(&self, event_type: &str) -> bool {
+        self.events.iter().any(|pattern| matches(pattern, event_type))
     }
 
     /// A row as an event, wanted or not.

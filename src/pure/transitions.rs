@@ -10,6 +10,7 @@
 //! has run for a while: a closed port "runs" for 8 s before it crashes again (CONTRACT §8). Knows no event's details.
 
 pub mod known;
+pub mod telling;
 
 use std::collections::HashMap;
 use std::time::{Duration, Instant};
@@ -17,6 +18,7 @@ use std::time::{Duration, Instant};
 use jiff::Timestamp;
 
 use crate::pure::checkpoint::Mark;
+use crate::pure::lag;
 use crate::pure::replication::{Progress, Row, State};
 use crate::pure::transitions::known::{BUCKETS, Bucket, Kept, Known, TRANSIENT, bucket_of};
 
@@ -319,7 +321,7 @@ impl Transitions {
     }
 
     /// Something told becomes an event, with the next number. Stored with the next write of its document.
-    pub fn keep(&mut self, told: &Told, at: Timestamp, message: String, data: String) {
+    pub fn keep(&mut self, told: &Told, at: Timestamp, data: String) {
         self.last += 1;
         let bucket = bucket_of(&told.key);
         self.dirty[bucket] = true;
@@ -330,7 +332,6 @@ impl Transitions {
             key: told.key.clone(),
             event_type: told.event_type.to_owned(),
             at,
-            message,
             data,
         });
     }
@@ -450,7 +451,7 @@ impl Seen {
     fn is_sound(&self, row: &Row, now: Instant) -> bool {
         let Some((since, then)) = self.running_since else { return false };
         let progress = row.info.progress();
-        let has_moved = progress.map(work_hash) != then && then.is_some();
+        let has_moved = progress.map(work_hash).is_some_and(|hash| then != Some(hash));
         // The source told how much is left, and it is nothing: it was reached in this run.
         let is_done = progress.is_some_and(|progress| progress.count("changes_pending") == Some(0));
         has_moved || is_done || now >= since + SOUND_AFTER
@@ -476,7 +477,7 @@ impl Seen {
             known.write_failures = failures;
         }
         let Some((_, moved_at)) = self.progress.filter(|_| row.state == State::Running) else { return };
-        let is_behind = row.info.progress().and_then(pending).is_some_and(|pending| pending > 0);
+        let is_behind = row.info.progress().and_then(lag::pending).is_some_and(|pending| pending > 0);
         // A run that began later has had less time.
         let idle_since = self.running_since.map_or(moved_at, |(since, _)| since.max(moved_at));
         if known.is_stalled && (self.has_moved || !is_behind) {
@@ -486,14 +487,6 @@ impl Seen {
             told.push(STALLED);
         }
     }
-}
-
-/// How many changes the source still has, as far as the counters say.
-pub fn pending(progress: &Progress) -> Option<u64> {
-    // 1.x gives no count, but numbers for places.
-    progress.count("changes_pending").or_else(|| {
-        Some(progress.count("source_seq")?.saturating_sub(progress.count("checkpointed_source_seq")?))
-    })
 }
 
 fn write_failures(row: &Row) -> u64 {

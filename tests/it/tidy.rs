@@ -22,9 +22,22 @@ const IMPORTS: &[(&str, &[&str])] = &[
     ("src/standin/", &["pure", "error", "sys", "log", "standin"]),
     (
         "src/pipeline/",
-        &["pure", "error", "config", "sys", "log", "names", "socket", "tls", "couch", "host", "pipeline"],
+        &[
+            "pure",
+            "error",
+            "config",
+            "sys",
+            "log",
+            "names",
+            "socket",
+            "tls",
+            "couch",
+            "host",
+            "replication",
+            "pipeline",
+        ],
     ),
-    ("src/replication/", &["pure", "error", "config", "sys", "log", "tls", "couch", "host", "replication"]),
+    ("src/replication/", &["pure", "error", "config", "sys", "log", "couch", "replication"]),
     ("src/status/", &["pure::snapshot", "log", "sys", "error", "status"]),
     ("src/lib.rs", &[]),
 ];
@@ -37,6 +50,7 @@ const TESTS: &[&str] = &[
     "src/pure/flow/tests.rs",
     "src/pure/rep_doc/tests.rs",
     "src/pure/rep_error/tests.rs",
+    "src/pure/transitions/tests.rs",
 ];
 
 /// Who makes HTTP requests, and what that needs.

@@ -77,8 +77,6 @@ pub struct Kept {
     pub event_type: String,
     /// When it became so.
     pub at: Timestamp,
-    /// For people, one line.
-    pub message: String,
     /// `data` of the payload, as JSON text: CouchDB may spell JSON in another way when it gives it back.
     pub data: String,
 }
@@ -87,7 +85,7 @@ pub struct Kept {
 ///
 /// `{"_id":"_local/couch-hookd.sync.17","_rev":"0-3","mark":"5f0c…","last":812,"replications":{"edge1":{"state":
 /// "crashing","trouble":"crashing"}},"events":[{"n":812,"key":"edge1","type":"replication.crashing","at":"…",
-/// "message":"…","data":"{…}"}],"hmac":"77…"}`
+/// "data":"{…}"}],"hmac":"77…"}`
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Bucket {
     /// The mark of the database it was written in.

@@ -43,7 +43,7 @@ impl World {
 
     fn told(&mut self, told: impl IntoIterator<Item = Told>) {
         for told in told {
-            self.machine.keep(&told, jiff::Timestamp::UNIX_EPOCH, String::new(), "{}".into());
+            self.machine.keep(&told, jiff::Timestamp::UNIX_EPOCH, "{}".into());
             let event = told.event_type.strip_prefix("replication.").unwrap();
             self.said.push(format!("{}:{event}", told.key));
         }
