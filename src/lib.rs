@@ -4,7 +4,7 @@
 //! host ---> config ---> daemon ---> pipeline, one per webhook
 //!                                   feed_reader --rows--> dispatcher --attempts--> webhook (workers)
 //!                                        |                 drives pure::dispatch <--outcomes--'
-//!                                   couch::feed            |--> store         dead letters, the webhook's record
+//!                            couch::feed, or replication   |--> store         dead letters, the webhook's record
 //!                                                          '--> checkpointer  couch::local_docs
 //! ```
 //!
@@ -12,7 +12,8 @@
 //! |---|---|---|
 //! | `pure` | every decision, without I/O, clock, threads | `flow` (one database of a webhook), `endpoint` (whom to suspect), `dispatch` (both together), `simulation` (tries to lose an event) |
 //! | `couch` | CouchDB over HTTP | `feed`, `local_docs` (marks, checkpoints), `state_db` (dead letters, records), `requests` and `alive` (how commands reach a daemon), `gate` (logins) |
-//! | `pipeline` | the threads of a webhook | `dispatcher`, `activation` (what `since = now` means), `desk` and `obey` (requests of commands), `replay` |
+//! | `replication` | how replications are, in the place of a feed | `mod` (opened, paged, waited on), `look`; what counts is `pure::transitions` |
+//! | `pipeline` | the threads of a webhook | `dispatcher`, `activation` (what `since = now` means), `desk` and `obey` (requests of commands), `replay`, `agents` (connections), `report` and `board` (how it is) |
 //! | `config` | sections to typed values | `keys` (the one table), `source` |
 //! | `host` | being started | `stdio` (the only user of stdin and stdout), `config_poller`, `standalone`, `systemd` |
 //! | `daemon` | starts, applies configurations, stops | `run` |

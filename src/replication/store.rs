@@ -29,6 +29,7 @@ impl Monitor {
         let (db, webhook) = (&self.looking.telling.db, &self.looking.telling.webhook);
         let mut revs = [const { None }; BUCKETS];
         let mut stored = Vec::with_capacity(BUCKETS);
+        let mut not_believed = Vec::new();
         for (index, rev) in revs.iter_mut().enumerate() {
             self.is_stopping()?;
             let id = Bucket::id(webhook, index);
@@ -42,14 +43,16 @@ impl Monitor {
             };
             *rev = from_json::<Revision>(&reply.body).context(|| format!("GET {path}"))?.rev;
             let found = Bucket::from_json(&reply.body, &(db, &id), &self.looking.key);
-            let found = found.map_err(|why| {
-                log::error!(
-                    "webhook `{webhook}`, database `{db}`: what `_local/{id}` remembers of replications is not believed \
-                     ({why}); their states are told anew"
-                );
-            });
+            let found = found.map_err(|why| not_believed.push((id, why)));
             // Of another life of the database: nothing that is there now was looked at.
             stored.push(found.ok().filter(|bucket| bucket.mark == mark));
+        }
+        if let [(id, why), ..] = &not_believed[..] {
+            log::error!(
+                "webhook `{webhook}`, database `{db}`: what {} of {BUCKETS} documents such as `_local/{id}` remember of \
+                 replications is not believed ({why}); their states are told anew",
+                not_believed.len()
+            );
         }
         Ok((stored, revs))
     }

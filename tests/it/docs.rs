@@ -10,6 +10,7 @@ use couch_hookd::pure::changes::{Item, Parser, Row, RowDoc, Shape};
 use couch_hookd::pure::format::Format;
 use couch_hookd::pure::message::{Telling, Watch, WebhookId};
 use couch_hookd::pure::seq::Seq;
+use couch_hookd::pure::transitions;
 use expect_test::expect_file;
 use serde_json::Value;
 
@@ -75,12 +76,19 @@ fn the_examples_of_formats_are_what_the_code_makes() {
 }
 
 #[test]
-fn every_example_about_ourselves_fits_its_schema_and_every_type_is_described() {
+fn every_other_example_fits_its_schema_and_every_type_is_described() {
+    check_examples("daemon", 4, &about::TYPES);
+    check_examples("replication", 2, &transitions::TYPES);
+}
+
+/// The examples labelled so, the schema named so, and the table of types.
+fn check_examples(label: &str, n_examples: usize, types: &[&str]) {
     let text = read("docs/events.md");
-    let schema: Value = serde_json::from_str(&read("docs/daemon-event.schema.json")).unwrap();
-    let examples: Vec<Value> =
-        code_blocks(&text, "json daemon").map(|json| serde_json::from_str(json).unwrap()).collect();
-    assert_eq!(examples.len(), 4);
+    let schema: Value = serde_json::from_str(&read(&format!("docs/{label}-event.schema.json"))).unwrap();
+    let examples: Vec<Value> = code_blocks(&text, &format!("json {label}"))
+        .map(|json| serde_json::from_str(json).unwrap())
+        .collect();
+    assert_eq!(examples.len(), n_examples);
     for example in &examples {
         let mut faults = Vec::new();
         collect_faults(example, &schema, "", &mut faults);
@@ -88,8 +96,8 @@ fn every_example_about_ourselves_fits_its_schema_and_every_type_is_described() {
     }
     let listed: Vec<&str> =
         schema["properties"]["type"]["enum"].as_array().unwrap().iter().filter_map(Value::as_str).collect();
-    assert_eq!(listed, about::TYPES);
-    for event_type in about::TYPES {
+    assert_eq!(listed, types);
+    for event_type in types {
         assert!(text.contains(&format!("| `{event_type}` |")), "{event_type} is not in the table of types");
     }
 }
@@ -249,6 +257,7 @@ fn is_of_type(value: &Value, name: &str) -> bool {
         "string" => value.is_string(),
         "boolean" => value.is_boolean(),
         "integer" => value.is_u64(),
+        "null" => value.is_null(),
         other => panic!("this test does not know the type `{other}`"),
     }
 }
