@@ -76,6 +76,9 @@ pub enum FeedEnd {
 pub struct Feed {
     line: Line,
     server: Server,
+    /// Kept from request to request: a long piece of memory taken anew for each finds its old place in use, and the
+    /// heap grows.
+    buffer: Vec<u8>,
 }
 
 /// Ends a feed's request from another thread.
@@ -95,7 +98,7 @@ impl FeedCloser {
 impl Feed {
     /// Prepares a feed; sends nothing.
     pub fn new(server: &Server) -> Feed {
-        Feed { line: server.line(), server: server.clone() }
+        Feed { line: server.line(), server: server.clone(), buffer: Vec::new() }
     }
 
     /// What ends this feed's requests; may be copied and sent to other threads.
@@ -143,13 +146,13 @@ impl Feed {
         };
         let mut parser = Parser::new(shape, request.doc_bytes_max).keeping_lines(request.keeps_lines);
         let mut items = Vec::new();
-        let mut buffer = vec![0; READ_BYTES];
+        self.buffer.resize(READ_BYTES, 0);
         loop {
-            let n_bytes = self.line.read(&mut incoming, &mut buffer).map_err(cut_off)?;
+            let n_bytes = self.line.read(&mut incoming, &mut self.buffer).map_err(cut_off)?;
             // What came before a fault is handed over first.
             let parsed = match n_bytes {
                 0 => parser.finish(&mut items),
-                _ => parser.push(&buffer[..n_bytes], &mut items),
+                _ => parser.push(&self.buffer[..n_bytes], &mut items),
             };
             let fault = take_fault(&mut items);
             if !items.is_empty() && on_items(&mut items).is_break() {

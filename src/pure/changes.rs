@@ -201,9 +201,16 @@ impl Parser {
                     n_taken
                 }
                 Place::Doc => {
-                    let (n_taken, is_done) = self.doc.push(bytes);
-                    if is_done {
-                        self.row_doc = row_doc(self.doc.take()).map_err(|found| self.bad_row(&found))?;
+                    let (n_taken, doc) = match self.whole_doc(bytes) {
+                        Some((document, n_taken)) => (n_taken, Some(RowDoc::Json(document))),
+                        None => {
+                            let (n_taken, is_done) = self.doc.push(bytes);
+                            let doc = is_done.then(|| row_doc(self.doc.take())).transpose();
+                            (n_taken, doc.map_err(|found| self.bad_row(&found))?)
+                        }
+                    };
+                    if let Some(doc) = doc {
+                        self.row_doc = doc;
                         self.doc_at = Some(self.row.text.len());
                         self.row.text.extend_from_slice(b"null");
                         self.place = Place::Row;
@@ -214,6 +221,12 @@ impl Parser {
             bytes = &bytes[n_taken..];
         }
         Ok(())
+    }
+
+    /// A document that is all there, as most are: found and checked in one pass.
+    fn whole_doc(&self, bytes: &[u8]) -> Option<(Document, usize)> {
+        let whole = if self.doc.is_started() { None } else { Document::parse_start(bytes) };
+        whole.filter(|(_, n_bytes)| *n_bytes <= self.doc.bytes_max())
     }
 
     /// The body is over.

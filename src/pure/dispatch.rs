@@ -464,11 +464,11 @@ impl Dispatch {
                 self.starved = true;
                 return;
             }
-            let (flow, key) = match next {
+            let (flow, lane) = match next {
                 Next::Of(flow) => (flow, None),
-                Next::One(flow, key) => (flow, Some(key)),
-                Next::Batch(keys) => {
-                    self.start_batch(keys, now, actions);
+                Next::One(flow, lane) => (flow, Some(lane)),
+                Next::Batch(lanes) => {
+                    self.start_batch(lanes, now, actions);
                     continue;
                 }
                 Next::Nothing => return,
@@ -476,9 +476,9 @@ impl Dispatch {
             self.batch_since = None;
             let token = self.token();
             let lanes = self.flows[flow].lanes();
-            let pending = match (start, &key) {
+            let pending = match (start, lane) {
                 (Start::Probe, _) => lanes.take_probe(token),
-                (Start::Go | Start::No, Some(key)) => lanes.take_key(key, token),
+                (Start::Go | Start::No, Some(lane)) => lanes.take_lane(lane, token),
                 (Start::Go | Start::No, None) => lanes.take(now, token),
             };
             let pending = pending.expect("the flow said that it has one");
@@ -604,12 +604,12 @@ impl Dispatch {
                 .lanes()
                 .held()
                 .filter(|(_, trial)| endpoint.is_suspect(trial, false))
-                .map(|(key, trial)| (Arc::clone(key), *trial))
+                .map(|(lane, trial)| (lane, *trial))
                 .collect();
-            for (key, trial) in suspects {
+            for (lane, trial) in suspects {
                 let Verdict::DeadLetter(class) = self.endpoint.suspect(&trial, at) else { return };
                 let token = self.token();
-                let pending = self.flows[flow].lanes().take_held(&key, token).expect("it was held just now");
+                let pending = self.flows[flow].lanes().take_held(lane, token).expect("it was held just now");
                 let event = Arc::clone(&pending.event);
                 self.store_letter(token, flow, event, trial.attempts, class);
             }

@@ -41,6 +41,19 @@ impl Document {
         Ok(Document { text: text.into_boxed_str(), head })
     }
 
+    /// Takes an object that stands whole at the beginning of `bytes`, with its length; `None` for anything else, which
+    /// may be an object that goes on behind them. Where it ends need not be looked for first.
+    pub fn parse_start(bytes: &[u8]) -> Option<(Document, usize)> {
+        if bytes.first() != Some(&b'{') {
+            return None;
+        }
+        let mut values = serde_json::Deserializer::from_slice(bytes).into_iter::<Head>();
+        let head = values.next()?.ok()?;
+        let n_bytes = values.byte_offset();
+        let text = std::str::from_utf8(&bytes[..n_bytes]).ok()?;
+        Some((Document { text: text.into(), head: Some(Box::new(head)) }, n_bytes))
+    }
+
     /// The text.
     pub fn get(&self) -> &str {
         &self.text
@@ -73,6 +86,22 @@ mod tests {
         for text in [r#"{"_rev":7}"#, r#"{"_rev":"1-a","_rev":"1-b"}"#, r#""text""#, "[1,{}]", "12", "null"] {
             check(text, None);
         }
+    }
+
+    #[test]
+    fn an_object_is_taken_from_the_beginning_and_nothing_that_may_go_on() {
+        let check = |text: &[u8], expected: Option<&str>| {
+            let whole = Document::parse_start(text);
+            let found = whole.as_ref().map(|(document, n_bytes)| (document.get(), *n_bytes));
+            assert_eq!(found, expected.map(|text| (text, text.len())), "{}", text.escape_ascii());
+        };
+        check(b"{}", Some("{}"));
+        check(b"{\"a\":\"}\"},\n{", Some("{\"a\":\"}\"}"));
+        check("{\"a\": [1.0,{\"ü\":-0.0}] }}]".as_bytes(), Some("{\"a\": [1.0,{\"ü\":-0.0}] }"));
+        for text in ["", "{", "{\"a\":1", "{\"a\":tru}", "{\"_rev\":7}", " {}", "null", "12", "\"x\"", "[]"] {
+            check(text.as_bytes(), None);
+        }
+        check(b"{\"x\":\"\xff\"}", None);
     }
 
     #[test]

@@ -93,9 +93,9 @@ pub fn batch_body<'a>(
     if !is_list {
         let latest = parts.clone().map(|(_, event)| event.read_at).max().unwrap_or_default();
         push_str(&mut out, "{\"id\":\"");
-        push(&mut out, id);
+        out.extend_from_slice(&id.text());
         push_str(&mut out, "\",\"type\":\"batch\",\"timestamp\":\"");
-        push(&mut out, Rfc3339(latest));
+        out.extend_from_slice(&Rfc3339(latest).text());
         push_str(&mut out, "\",\"data\":");
     }
     for (nth, (telling, event)) in parts.enumerate() {
@@ -120,11 +120,11 @@ fn push_event(out: &mut Vec<u8>, telling: &Telling, event: &Event) {
 /// `{"id":"msg_5f…","type":"document.updated","timestamp":"2026-11-21T20:46:41.123Z","source":"…","data":{…}}`
 fn push_standard(out: &mut Vec<u8>, open: &str, telling: &Telling, event: &Event) {
     push_str(out, open);
-    push(out, event.id);
+    out.extend_from_slice(&event.id.text());
     push_str(out, "\",\"type\":\"");
     push_str(out, event.event_type());
     push_str(out, "\",\"timestamp\":\"");
-    push(out, Rfc3339(event.read_at));
+    out.extend_from_slice(&Rfc3339(event.read_at).text());
     push_str(out, "\",\"source\":");
     push_text(out, &telling.source);
     push_str(out, ",\"data\":");
@@ -137,7 +137,7 @@ fn push_standard(out: &mut Vec<u8>, open: &str, telling: &Telling, event: &Event
 /// Source: cloudevents/spec, `adapters/couchdb.md`; CloudEvents 1.0.2, "Type System" and "Context Attributes".
 fn push_cloudevent(out: &mut Vec<u8>, telling: &Telling, event: &Event) {
     push_str(out, "{\"specversion\":\"1.0\",\"id\":\"");
-    push(out, event.id);
+    out.extend_from_slice(&event.id.text());
     push_str(out, "\",\"source\":");
     push_text(out, &telling.source);
     let event_type = event.event_type();
@@ -152,7 +152,7 @@ fn push_cloudevent(out: &mut Vec<u8>, telling: &Telling, event: &Event) {
         out.push(b',');
     }
     push_str(out, "\"time\":\"");
-    push(out, Rfc3339(event.read_at));
+    out.extend_from_slice(&Rfc3339(event.read_at).text());
     push_str(out, "\",\"datacontenttype\":\"application/json\",");
     if let Some(seq) = &event.seq {
         // Text always: an integer of CloudEvents has 32 bits.

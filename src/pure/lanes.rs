@@ -6,12 +6,17 @@
 //! to.
 
 use std::collections::{BTreeMap, VecDeque};
+use std::ops::{Index, IndexMut};
 use std::sync::Arc;
 use std::time::Instant;
 
 use crate::pure::endpoint::Trial;
 use crate::pure::message::{Event, WebhookId};
+use crate::pure::slots::Slots;
 use crate::pure::table::Table;
+
+/// Names a lane while something of it is unfinished.
+pub type LaneIndex = usize;
 
 /// An event that is not finished.
 #[derive(Debug)]
@@ -33,8 +38,10 @@ impl Pending {
     }
 }
 
-#[derive(Debug, Default)]
+#[derive(Debug)]
 struct Lane {
+    /// Of the document's id.
+    hash: u32,
     /// In flight, or being looked up or stored as a dead letter.
     busy: Option<Pending>,
     /// The newest revision that waits; the first of those that nothing replaces.
@@ -48,6 +55,15 @@ struct Lane {
 }
 
 impl Lane {
+    fn new(hash: u32) -> Lane {
+        Lane { hash, busy: None, waiting: None, behind: VecDeque::new(), held_until: None, tried: 0 }
+    }
+
+    /// The document. No lane is empty.
+    fn doc_id(&self) -> Option<&str> {
+        self.busy.as_ref().or(self.waiting.as_ref()).map(|pending| pending.event.doc_id.as_str())
+    }
+
     fn newest(&mut self) -> Option<&mut Pending> {
         self.behind.back_mut().or(self.waiting.as_mut()).or(self.busy.as_mut())
     }
@@ -67,11 +83,11 @@ impl Lane {
 #[derive(Debug)]
 pub enum Picked {
     /// This one, and alone: something was held against it.
-    Alone(Arc<str>),
+    Alone(LaneIndex),
     /// These, in order of arrival; perhaps none.
     Fresh {
-        /// Their lanes.
-        keys: Vec<Arc<str>>,
+        /// Which.
+        lanes: Vec<LaneIndex>,
         /// What they add to a body.
         bytes: usize,
         /// Another one would not have fitted.
@@ -83,11 +99,10 @@ pub enum Picked {
 #[derive(Debug, Default)]
 pub struct Lanes {
     strict: bool,
-    /// Boxed: the table doubles when it is worn by lanes that come and go, and grows by pointers only.
-    lanes: Table<Arc<str>, Box<Lane>>,
-    ready: BTreeMap<u64, Arc<str>>,
-    held: BTreeMap<(Instant, u64), Arc<str>>,
-    busy: Table<u64, Arc<str>>,
+    lanes: Open,
+    ready: BTreeMap<u64, LaneIndex>,
+    held: BTreeMap<(Instant, u64), LaneIndex>,
+    busy: Table<u64, LaneIndex>,
     n_pending: usize,
     bytes: usize,
     n_tries: u64,
@@ -112,8 +127,8 @@ impl Lanes {
 
     /// When the oldest of them was read; looks at every one.
     pub fn oldest(&self) -> Option<jiff::Timestamp> {
-        let pending =
-            self.lanes.values().flat_map(|lane| lane.busy.iter().chain(&lane.waiting).chain(&lane.behind));
+        let lanes = self.lanes.iter().map(|(_, lane)| lane);
+        let pending = lanes.flat_map(|lane| lane.busy.iter().chain(&lane.waiting).chain(&lane.behind));
         pending.map(|pending| pending.event.read_at).min()
     }
 
@@ -124,19 +139,15 @@ impl Lanes {
 
     /// The id of the newest event of a document that is not finished.
     pub fn newest(&self, doc_id: &str) -> Option<WebhookId> {
-        let lane = self.lanes.get(doc_id)?;
+        let lane = &self.lanes[self.lanes.find(doc_id)?];
         lane.behind.back().or(lane.waiting.as_ref()).or(lane.busy.as_ref()).map(|pending| pending.event.id)
     }
 
     /// Takes in an event. Gives the ordinal that this finishes: of the same event read before, or of an older
     /// revision that waited and is replaced.
     pub fn arrive(&mut self, event: Event, ordinal: u64) -> Option<u64> {
-        if !self.lanes.contains_key(event.doc_id.as_str()) {
-            self.lanes.insert(event.doc_id.as_str().into(), Box::default());
-        }
-        let (key, _) = self.lanes.get_key_value(event.doc_id.as_str()).expect("inserted above");
-        let key = Arc::clone(key);
-        let lane = self.lanes.get_mut(&key).expect("inserted above");
+        let at = self.lanes.find_or_open(&event.doc_id);
+        let lane = &mut self.lanes[at];
         if let Some(known) = lane.known(&event) {
             return Some(std::mem::replace(&mut known.ordinal, ordinal));
         }
@@ -150,9 +161,9 @@ impl Lanes {
         }
         let queued = lane.busy.is_none() && lane.waiting.is_some();
         if queued {
-            self.unqueue(&key);
+            self.unqueue(at);
         }
-        let lane = self.lanes.get_mut(&key).expect("inserted above");
+        let lane = &mut self.lanes[at];
         let mut pending =
             Pending { event: Arc::new(event), ordinal, order: self.n_arrived, trial: Trial::default() };
         let mut finished = None;
@@ -167,26 +178,26 @@ impl Lanes {
         }
         lane.waiting = Some(pending);
         if lane.busy.is_none() {
-            self.queue(&key);
+            self.queue(at);
         }
         finished
     }
 
     /// Where a lane with something that waits stands in the queues.
-    fn place(&self, key: &Arc<str>) -> (Option<Instant>, u64) {
-        let lane = &self.lanes[key];
+    fn place(&self, at: LaneIndex) -> (Option<Instant>, u64) {
+        let lane = &self.lanes[at];
         (lane.held_until, lane.waiting.as_ref().expect("a queued lane has something that waits").order)
     }
 
-    fn queue(&mut self, key: &Arc<str>) {
-        match self.place(key) {
-            (None, order) => self.ready.insert(order, Arc::clone(key)),
-            (Some(until), order) => self.held.insert((until, order), Arc::clone(key)),
+    fn queue(&mut self, at: LaneIndex) {
+        match self.place(at) {
+            (None, order) => self.ready.insert(order, at),
+            (Some(until), order) => self.held.insert((until, order), at),
         };
     }
 
-    fn unqueue(&mut self, key: &Arc<str>) {
-        match self.place(key) {
+    fn unqueue(&mut self, at: LaneIndex) {
+        match self.place(at) {
             (None, order) => self.ready.remove(&order),
             (Some(until), order) => self.held.remove(&(until, order)),
         };
@@ -197,9 +208,9 @@ impl Lanes {
             && entry.key().0 <= now
         {
             let order = entry.key().1;
-            let key = entry.remove();
-            self.lanes.get_mut(&key).expect("a held lane exists").held_until = None;
-            self.ready.insert(order, key);
+            let at = entry.remove();
+            self.lanes[at].held_until = None;
+            self.ready.insert(order, at);
         }
     }
 
@@ -208,54 +219,54 @@ impl Lanes {
         if !self.can_take(now) {
             return None;
         }
-        let key = self.ready.first_key_value().map(|(_, key)| Arc::clone(key))?;
-        Some(self.start(&key, token))
+        let at = self.ready.first_key_value().map(|(_, at)| *at)?;
+        Some(self.start(at, token))
     }
 
     /// What is due that could go into one batch: at most `n_max`, together at most `bytes_max`. In strict order nothing is
     /// passed over.
     pub fn pick(&mut self, now: Instant, n_max: usize, bytes_max: usize) -> Picked {
-        let (mut keys, mut bytes, mut is_full) = (Vec::new(), 0, false);
+        let (mut lanes, mut bytes, mut is_full) = (Vec::new(), 0, false);
         if !self.can_take(now) {
-            return Picked::Fresh { keys, bytes, is_full };
+            return Picked::Fresh { lanes, bytes, is_full };
         }
         let first_held = self.held.keys().map(|(_, order)| *order).min().filter(|_| self.strict);
-        for (order, key) in &self.ready {
-            let pending = self.lanes[key].waiting.as_ref().expect("a queued lane has something that waits");
+        for (order, at) in &self.ready {
+            let pending = self.lanes[*at].waiting.as_ref().expect("a queued lane has something that waits");
             if first_held.is_some_and(|held| held < *order) {
                 break;
             }
             if pending.trial.is_alone() {
-                if keys.is_empty() || !self.strict {
-                    return Picked::Alone(Arc::clone(key));
+                if lanes.is_empty() || !self.strict {
+                    return Picked::Alone(*at);
                 }
                 // The order asks for those before it to go now.
                 is_full = true;
                 break;
             }
             let more = pending.event.body_bytes();
-            if keys.len() == n_max || bytes + more > bytes_max {
+            if lanes.len() == n_max || bytes + more > bytes_max {
                 is_full = true;
                 break;
             }
             bytes += more;
-            keys.push(Arc::clone(key));
+            lanes.push(*at);
         }
-        Picked::Fresh { keys, bytes, is_full }
+        Picked::Fresh { lanes, bytes, is_full }
     }
 
     /// What `take` would take.
-    pub fn first_ready(&mut self, now: Instant) -> Option<Arc<str>> {
+    pub fn first_ready(&mut self, now: Instant) -> Option<LaneIndex> {
         if !self.can_take(now) {
             return None;
         }
-        self.ready.first_key_value().map(|(_, key)| Arc::clone(key))
+        self.ready.first_key_value().map(|(_, at)| *at)
     }
 
     /// Starts what waits in a lane that was picked.
-    pub fn take_key(&mut self, key: &Arc<str>, token: u64) -> Option<&mut Pending> {
-        self.lanes.get(key)?.waiting.as_ref()?;
-        Some(self.start(key, token))
+    pub fn take_lane(&mut self, at: LaneIndex, token: u64) -> Option<&mut Pending> {
+        self.lanes.get(at)?.waiting.as_ref()?;
+        Some(self.start(at, token))
     }
 
     /// Starts a probe: the lane that was tried longest ago, due or not.
@@ -263,20 +274,19 @@ impl Lanes {
         if !self.can_probe() {
             return None;
         }
-        let queued = self.ready.iter().map(|(order, key)| (*order, key));
-        let queued = queued.chain(self.held.iter().map(|((_, order), key)| (*order, key)));
+        let queued = self.ready.iter().map(|(order, at)| (*order, *at));
+        let queued = queued.chain(self.held.iter().map(|((_, order), at)| (*order, *at)));
         let strict = self.strict;
-        let key = queued
-            .min_by_key(|(order, key)| (if strict { 0 } else { self.lanes[*key].tried }, *order))
-            .map(|(_, key)| Arc::clone(key))?;
-        Some(self.start(&key, token))
+        let (_, at) =
+            queued.min_by_key(|(order, at)| (if strict { 0 } else { self.lanes[*at].tried }, *order))?;
+        Some(self.start(at, token))
     }
 
-    fn start(&mut self, key: &Arc<str>, token: u64) -> &mut Pending {
-        self.unqueue(key);
+    fn start(&mut self, at: LaneIndex, token: u64) -> &mut Pending {
+        self.unqueue(at);
         self.n_tries += 1;
-        self.busy.insert(token, Arc::clone(key));
-        let lane = self.lanes.get_mut(key).expect("a queued lane exists");
+        self.busy.insert(token, at);
+        let lane = &mut self.lanes[at];
         lane.held_until = None;
         lane.tried = self.n_tries;
         lane.busy = lane.waiting.take();
@@ -286,30 +296,30 @@ impl Lanes {
 
     /// The delivery of this name, while it is busy.
     pub fn busy_mut(&mut self, token: u64) -> Option<&mut Pending> {
-        let key = self.busy.get(&token)?;
-        self.lanes.get_mut(key)?.busy.as_mut()
+        let at = *self.busy.get(&token)?;
+        self.lanes[at].busy.as_mut()
     }
 
     /// The delivery is finished, one way or another; what waits behind it may go.
     pub fn finish(&mut self, token: u64) -> Option<Pending> {
-        let key = self.busy.remove(&token)?;
-        let lane = self.lanes.get_mut(&key).expect("a busy lane exists");
+        let at = self.busy.remove(&token)?;
+        let lane = &mut self.lanes[at];
         let pending = lane.busy.take().expect("a busy lane has something busy");
         self.n_pending -= 1;
         self.bytes -= pending.event.bytes();
         if lane.waiting.is_some() {
-            self.queue(&key);
+            self.queue(at);
         } else {
-            self.lanes.remove(&key);
+            self.lanes.close(at);
         }
         Some(pending)
     }
 
-    /// The delivery has to be tried again at `at`. Gives the ordinal that this finishes, when a newer revision
+    /// The delivery has to be tried again at `until`. Gives the ordinal that this finishes, when a newer revision
     /// waits and takes its place.
-    pub fn retry(&mut self, token: u64, at: Instant) -> Option<u64> {
-        let key = self.busy.remove(&token)?;
-        let lane = self.lanes.get_mut(&key).expect("a busy lane exists");
+    pub fn retry(&mut self, token: u64, until: Instant) -> Option<u64> {
+        let at = self.busy.remove(&token)?;
+        let lane = &mut self.lanes[at];
         let pending = lane.busy.take().expect("a busy lane has something busy");
         let finished = match lane.waiting.take() {
             Some(newer) if pending.event.is_kept() => {
@@ -328,16 +338,16 @@ impl Lanes {
                 None
             }
         };
-        lane.held_until = Some(at);
-        self.queue(&key);
+        lane.held_until = Some(until);
+        self.queue(at);
         finished
     }
 
     /// Everything that is held back may go: the endpoint recovered.
     pub fn release(&mut self) {
-        for ((_, order), key) in std::mem::take(&mut self.held) {
-            self.lanes.get_mut(&key).expect("a held lane exists").held_until = None;
-            self.ready.insert(order, key);
+        for ((_, order), at) in std::mem::take(&mut self.held) {
+            self.lanes[at].held_until = None;
+            self.ready.insert(order, at);
         }
     }
 
@@ -345,38 +355,42 @@ impl Lanes {
     pub fn forget_waiting(&mut self) {
         self.ready.clear();
         self.held.clear();
-        let (n_pending, bytes, ready) = (&mut self.n_pending, &mut self.bytes, &mut self.ready);
-        self.lanes.retain(|key, lane| {
+        let all: Vec<LaneIndex> = self.lanes.iter().map(|(at, _)| at).collect();
+        for at in all {
+            let lane = &mut self.lanes[at];
             lane.held_until = None;
             if let Some(old) = lane.waiting.take_if(|old| !old.event.is_kept()) {
-                *n_pending -= 1;
-                *bytes -= old.event.bytes();
+                self.n_pending -= 1;
+                self.bytes -= old.event.bytes();
             }
-            if let (None, Some(kept)) = (&lane.busy, &lane.waiting) {
-                ready.insert(kept.order, Arc::clone(key));
+            match (&lane.busy, &lane.waiting) {
+                (None, Some(kept)) => {
+                    self.ready.insert(kept.order, at);
+                }
+                (None, None) => self.lanes.close(at),
+                (Some(_), _) => {}
             }
-            lane.busy.is_some() || lane.waiting.is_some()
-        });
+        }
     }
 
     /// Trials of what is held back, to be judged again when other events were delivered.
-    pub fn held(&self) -> impl Iterator<Item = (&Arc<str>, &Trial)> {
-        self.held.values().filter_map(|key| Some((key, &self.lanes[key].waiting.as_ref()?.trial)))
+    pub fn held(&self) -> impl Iterator<Item = (LaneIndex, &Trial)> {
+        self.held.values().filter_map(|at| Some((*at, &self.lanes[*at].waiting.as_ref()?.trial)))
     }
 
     /// Trials of everything unfinished but the delivery `token`.
     pub fn trials_beside(&self, token: u64) -> impl Iterator<Item = &Trial> {
-        let but = self.busy.get(&token);
-        self.lanes.iter().flat_map(move |(key, lane)| {
-            let busy = lane.busy.as_ref().filter(|_| Some(key) != but);
+        let but = self.busy.get(&token).copied();
+        self.lanes.iter().flat_map(move |(at, lane)| {
+            let busy = lane.busy.as_ref().filter(|_| Some(at) != but);
             busy.into_iter().chain(&lane.waiting).map(|pending| &pending.trial)
         })
     }
 
     /// Makes a held lane busy without an attempt, to store its dead letter.
-    pub fn take_held(&mut self, key: &Arc<str>, token: u64) -> Option<&mut Pending> {
-        self.lanes.get(key)?.held_until?;
-        Some(self.start(key, token))
+    pub fn take_held(&mut self, at: LaneIndex, token: u64) -> Option<&mut Pending> {
+        self.lanes.get(at)?.held_until?;
+        Some(self.start(at, token))
     }
 
     /// When something held back falls due.
@@ -399,18 +413,18 @@ impl Lanes {
     /// Whether every event at work came before every one that waits.
     #[cfg(test)]
     pub fn keeps_order(&self) -> bool {
-        let busy = self.lanes.values().filter_map(|lane| Some(lane.busy.as_ref()?.order)).max();
-        let waiting = self.lanes.values().filter_map(|lane| Some(lane.waiting.as_ref()?.order)).min();
+        let busy = self.lanes.iter().filter_map(|(_, lane)| Some(lane.busy.as_ref()?.order)).max();
+        let waiting = self.lanes.iter().filter_map(|(_, lane)| Some(lane.waiting.as_ref()?.order)).min();
         busy.zip(waiting).is_none_or(|(busy, waiting)| busy < waiting)
     }
 
     /// Opens a lane for a dead letter that is sent again. The document must have no lane.
     pub fn start_replay(&mut self, event: Event, token: u64) -> &mut Pending {
-        let key: Arc<str> = event.doc_id.as_str().into();
         self.n_pending += 1;
         self.bytes += event.bytes();
-        self.busy.insert(token, Arc::clone(&key));
-        let lane = self.lanes.entry(key).or_default();
+        let at = self.lanes.find_or_open(&event.doc_id);
+        self.busy.insert(token, at);
+        let lane = &mut self.lanes[at];
         assert!(lane.busy.is_none() && lane.waiting.is_none(), "a replay starts in an empty lane");
         lane.busy.insert(Pending {
             event: Arc::new(event),
@@ -418,6 +432,68 @@ impl Lanes {
             order: 0,
             trial: Trial::default(),
         })
+    }
+}
+
+/// The lanes that there are, by place and by document.
+#[derive(Debug, Default)]
+struct Open {
+    /// Boxed: those that are gone leave little.
+    lanes: Vec<Option<Box<Lane>>>,
+    /// Places of those that are gone.
+    free: Vec<LaneIndex>,
+    slots: Slots,
+}
+
+impl Open {
+    fn find(&self, doc_id: &str) -> Option<LaneIndex> {
+        self.find_hashed(self.slots.hash(doc_id), doc_id)
+    }
+
+    fn find_hashed(&self, hash: u32, doc_id: &str) -> Option<LaneIndex> {
+        self.slots.find(hash, |at| self[at].doc_id() == Some(doc_id))
+    }
+
+    /// Whoever opens a lane puts something into it.
+    fn find_or_open(&mut self, doc_id: &str) -> LaneIndex {
+        let hash = self.slots.hash(doc_id);
+        self.find_hashed(hash, doc_id).unwrap_or_else(|| {
+            let at = self.free.pop().unwrap_or(self.lanes.len());
+            if at == self.lanes.len() {
+                self.lanes.push(None);
+            }
+            self.lanes[at] = Some(Box::new(Lane::new(hash)));
+            self.slots.insert(hash, at);
+            at
+        })
+    }
+
+    fn close(&mut self, at: LaneIndex) {
+        let lane = self.lanes[at].take().expect("it is open");
+        self.slots.remove(lane.hash, at);
+        self.free.push(at);
+    }
+
+    fn get(&self, at: LaneIndex) -> Option<&Lane> {
+        self.lanes.get(at)?.as_deref()
+    }
+
+    fn iter(&self) -> impl Iterator<Item = (LaneIndex, &Lane)> {
+        self.lanes.iter().enumerate().filter_map(|(at, lane)| Some((at, lane.as_deref()?)))
+    }
+}
+
+impl Index<LaneIndex> for Open {
+    type Output = Lane;
+
+    fn index(&self, at: LaneIndex) -> &Lane {
+        self.lanes[at].as_deref().expect("who names a lane keeps it open")
+    }
+}
+
+impl IndexMut<LaneIndex> for Open {
+    fn index_mut(&mut self, at: LaneIndex) -> &mut Lane {
+        self.lanes[at].as_deref_mut().expect("who names a lane keeps it open")
     }
 }
 

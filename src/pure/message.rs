@@ -5,6 +5,7 @@
 //! leaves.
 
 use std::fmt;
+use std::ops::Range;
 
 use jiff::Timestamp;
 use ring::digest;
@@ -39,6 +40,16 @@ impl WebhookId {
         Some(WebhookId(bytes))
     }
 
+    /// Its text.
+    pub fn text(&self) -> [u8; 36] {
+        const HEX: &[u8; 16] = b"0123456789abcdef";
+        let mut text = *b"msg_00000000000000000000000000000000";
+        for (pair, byte) in text[4..].chunks_exact_mut(2).zip(self.0) {
+            pair.copy_from_slice(&[HEX[usize::from(byte >> 4)], HEX[usize::from(byte & 15)]]);
+        }
+        text
+    }
+
     /// The first 16 hex digits as a number: what checkpoints and memory keep.
     pub fn short(&self) -> u64 {
         u64::from_be_bytes(self.0[..8].try_into().expect("8 of 16 bytes"))
@@ -47,12 +58,7 @@ impl WebhookId {
 
 impl fmt::Display for WebhookId {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        const HEX: &[u8; 16] = b"0123456789abcdef";
-        let mut text = *b"msg_00000000000000000000000000000000";
-        for (pair, byte) in text[4..].chunks_exact_mut(2).zip(self.0) {
-            pair.copy_from_slice(&[HEX[usize::from(byte >> 4)], HEX[usize::from(byte & 15)]]);
-        }
-        f.write_str(std::str::from_utf8(&text).expect("hex digits are ASCII"))
+        f.write_str(std::str::from_utf8(&self.text()).expect("hex digits are ASCII"))
     }
 }
 
@@ -331,9 +337,32 @@ impl Telling {
 #[derive(Debug, Clone, Copy)]
 pub struct Rfc3339(pub Timestamp);
 
+impl Rfc3339 {
+    /// Its text; written by hand, because every event has one. Years are those of four digits.
+    pub fn text(self) -> [u8; 24] {
+        let time = jiff::tz::Offset::UTC.to_datetime(self.0);
+        let mut text = *b"0000-00-00T00:00:00.000Z";
+        let mut put = |place: Range<usize>, number: i16| {
+            let mut rest = number.unsigned_abs();
+            for digit in text[place].iter_mut().rev() {
+                *digit += u8::try_from(rest % 10).expect("it is a digit");
+                rest /= 10;
+            }
+        };
+        put(0..4, time.year());
+        put(5..7, time.month().into());
+        put(8..10, time.day().into());
+        put(11..13, time.hour().into());
+        put(14..16, time.minute().into());
+        put(17..19, time.second().into());
+        put(20..23, time.millisecond());
+        text
+    }
+}
+
 impl fmt::Display for Rfc3339 {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{:.3}", self.0)
+        f.write_str(std::str::from_utf8(&self.text()).expect("digits are ASCII"))
     }
 }
 
@@ -435,6 +464,15 @@ mod tests {
         let read_at = "2026-11-21T20:46:41.1234Z".parse().unwrap();
         let event = telling.arrived(row, "aa", read_at).event.expect("wanted");
         String::from_utf8(telling.body(&event)).unwrap()
+    }
+
+    #[test]
+    fn times_are_written_as_jiff_writes_them() {
+        let check = |at: Timestamp| assert_eq!(Rfc3339(at).to_string(), format!("{at:.3}"));
+        check("0001-01-01T00:00:00Z".parse().unwrap());
+        check("2024-02-29T23:59:59.9999Z".parse().unwrap());
+        check("9999-12-30T21:59:59.0019Z".parse().unwrap());
+        (0..2_000).for_each(|n| check(Timestamp::from_millisecond(n * 1_234_567_891).unwrap()));
     }
 
     #[test]

@@ -33,6 +33,7 @@ pub mod settled;
 pub mod signature;
 #[cfg(test)]
 mod simulation;
+mod slots;
 pub mod snapshot;
 pub mod table;
 pub mod test_event;

@@ -180,6 +180,16 @@ impl Text {
         *self = Text::new(self.bytes_max);
     }
 
+    /// Whether a part of the value was taken.
+    pub(crate) fn is_started(&self) -> bool {
+        self.is_started
+    }
+
+    /// The longest value that is kept, in bytes.
+    pub(crate) fn bytes_max(&self) -> usize {
+        self.bytes_max
+    }
+
     /// Takes bytes up to the end of the value; says how many, and whether it has ended.
     pub(crate) fn push(&mut self, bytes: &[u8]) -> (usize, bool) {
         let n_blanks = if self.is_started {

@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 
 use crate::pure::dispatch::{Action, Attempt, Dispatch, FlowIndex, attempt, lane_key};
 use crate::pure::endpoint::{BatchVerdict, Moment, Outcome, Trial};
-use crate::pure::lanes::Picked;
+use crate::pure::lanes::{LaneIndex, Picked};
 use crate::pure::message::WebhookId;
 
 /// `batch_max`, `batch_wait`, `batch_bytes_max`.
@@ -42,9 +42,9 @@ pub(super) enum Next {
     /// The next event of a database.
     Of(FlowIndex),
     /// One event, of this lane.
-    One(FlowIndex, Arc<str>),
+    One(FlowIndex, LaneIndex),
     /// Several.
-    Batch(Vec<(FlowIndex, Arc<str>)>),
+    Batch(Vec<(FlowIndex, LaneIndex)>),
     /// Nothing: there is nothing, or it waits for company.
     Nothing,
 }
@@ -53,24 +53,24 @@ impl Dispatch {
     /// Decides what goes out next, of an endpoint that takes events in order of arrival.
     pub(super) fn next_batch(&mut self, batching: Batching, now: Instant) -> Next {
         let n = self.flows.len();
-        let mut keys: Vec<(FlowIndex, Arc<str>)> = Vec::new();
+        let mut lanes: Vec<(FlowIndex, LaneIndex)> = Vec::new();
         let mut bytes_left = batching.bytes_max;
         let mut is_full = false;
         for flow in (0..n).map(|i| (self.turn + i) % n) {
-            let n_left = batching.max - keys.len();
+            let n_left = batching.max - lanes.len();
             match self.flows[flow].lanes().pick(now, n_left, bytes_left) {
-                Picked::Alone(key) => return Next::One(flow, key),
-                Picked::Fresh { keys: fresh, bytes, is_full: full } => {
+                Picked::Alone(lane) => return Next::One(flow, lane),
+                Picked::Fresh { lanes: fresh, bytes, is_full: full } => {
                     bytes_left = bytes_left.saturating_sub(bytes);
-                    keys.extend(fresh.into_iter().map(|key| (flow, key)));
-                    is_full |= full || keys.len() >= batching.max;
+                    lanes.extend(fresh.into_iter().map(|lane| (flow, lane)));
+                    is_full |= full || lanes.len() >= batching.max;
                 }
             }
             if is_full {
                 break;
             }
         }
-        if keys.is_empty() && !is_full {
+        if lanes.is_empty() && !is_full {
             self.batch_since = None;
             return Next::Nothing;
         }
@@ -80,37 +80,37 @@ impl Dispatch {
                 return Next::Nothing;
             }
         }
-        match keys.len() {
+        match lanes.len() {
             // One that is larger than a batch may be goes by itself.
             0 | 1 => {
-                let first = keys.pop().or_else(|| self.first_ready(now));
-                first.map_or(Next::Nothing, |(flow, key)| Next::One(flow, key))
+                let first = lanes.pop().or_else(|| self.first_ready(now));
+                first.map_or(Next::Nothing, |(flow, lane)| Next::One(flow, lane))
             }
-            _ => Next::Batch(keys),
+            _ => Next::Batch(lanes),
         }
     }
 
-    fn first_ready(&mut self, now: Instant) -> Option<(FlowIndex, Arc<str>)> {
+    fn first_ready(&mut self, now: Instant) -> Option<(FlowIndex, LaneIndex)> {
         let n = self.flows.len();
         (0..n).map(|i| (self.turn + i) % n).find_map(|flow| {
-            let key = self.flows[flow].lanes().first_ready(now)?;
-            Some((flow, key))
+            let lane = self.flows[flow].lanes().first_ready(now)?;
+            Some((flow, lane))
         })
     }
 
     /// Starts one delivery of several events.
     pub(super) fn start_batch(
         &mut self,
-        keys: Vec<(FlowIndex, Arc<str>)>,
+        lanes: Vec<(FlowIndex, LaneIndex)>,
         now: Instant,
         actions: &mut Vec<Action>,
     ) {
         let token = self.token();
         self.endpoint.on_start(token, &mut Trial::default(), now);
-        let mut parts = Vec::with_capacity(keys.len());
-        for (flow, key) in keys {
+        let mut parts = Vec::with_capacity(lanes.len());
+        for (flow, lane) in lanes {
             let part = self.token();
-            let pending = self.flows[flow].lanes().take_key(&key, part).expect("it was picked just now");
+            let pending = self.flows[flow].lanes().take_lane(lane, part).expect("it was picked just now");
             self.endpoint.join(&mut pending.trial);
             parts.push(attempt(part, flow, Arc::clone(&pending.event), pending.trial.attempts));
             self.turn = flow + 1;
