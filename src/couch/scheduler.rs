@@ -6,23 +6,28 @@
 //! filtered by CouchDB: with `states=` it looks through the first `skip + limit` documents of each shard only, so that
 //! pages lose rows (`couch_replicator_fabric_rpc`, 2.1 to 3.5). All of it needs a server admin.
 
+use std::collections::HashMap;
+
 use http::Method;
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
-use serde_json::Value;
+use serde_json::{Map, Value};
 
 use crate::couch::client::{Generation, Server, db_path, encoded};
 use crate::couch::feed;
 use crate::couch::refusal::from_json;
-use crate::error::{Context, Kind, Result};
+use crate::error::{Context, Error, Kind, Result};
 use crate::pure::lag;
 use crate::pure::replication::{Job, Row, Task};
+use crate::pure::resubmit::{Resubmission, Resubmitted};
 use crate::pure::seq::Seq;
 
 /// Rows of a page.
 pub const PAGE_ROWS: usize = 500;
 /// Changes are counted up to so many where CouchDB does not say how many there are.
 const COUNTED_MAX: u64 = 10_000;
+/// CouchDB writes into a replication's document itself: as often is a document read again that changed meanwhile.
+const CONFLICTS_MAX: u32 = 5;
 
 /// One page of a list.
 #[derive(Debug, Clone)]
@@ -34,11 +39,19 @@ pub struct Page<T> {
 }
 
 /// A page of `_scheduler/docs`, of one replicator database; `None` is `_replicator`: no request lists those of all
-/// databases. Rows as [`Row`], or as CouchDB wrote them.
+/// databases.
 ///
 /// # Errors
 /// As [`Server::request`]; `BadRequest` or `NotFound` before CouchDB 2.1; `Forbidden` when we are no server admin.
-pub fn docs_page<T: DeserializeOwned>(
+pub fn docs_page(server: &Server, db: Option<&str>, skip: usize, limit: usize) -> Result<Page<Row>> {
+    docs_page_as(server, db, skip, limit)
+}
+
+/// As [`docs_page`], with rows as CouchDB wrote them for a [`Value`].
+///
+/// # Errors
+/// As [`docs_page`].
+pub fn docs_page_as<T: DeserializeOwned>(
     server: &Server,
     db: Option<&str>,
     skip: usize,
@@ -57,11 +70,19 @@ pub fn docs_page<T: DeserializeOwned>(
     Ok(Page { total_rows: body.total_rows, rows: body.docs })
 }
 
-/// A page of `_scheduler/jobs`. Rows as [`Job`], or as CouchDB wrote them.
+/// A page of `_scheduler/jobs`.
 ///
 /// # Errors
 /// As [`docs_page`].
-pub fn jobs_page<T: DeserializeOwned>(server: &Server, skip: usize, limit: usize) -> Result<Page<T>> {
+pub fn jobs_page(server: &Server, skip: usize, limit: usize) -> Result<Page<Job>> {
+    jobs_page_as(server, skip, limit)
+}
+
+/// As [`jobs_page`], with rows as CouchDB wrote them for a [`Value`].
+///
+/// # Errors
+/// As [`docs_page`].
+pub fn jobs_page_as<T: DeserializeOwned>(server: &Server, skip: usize, limit: usize) -> Result<Page<T>> {
     #[derive(Deserialize)]
     struct Body<T> {
         #[serde(default)]
@@ -97,12 +118,26 @@ pub fn all<T>(
     }
 }
 
-/// What the scheduler says of one document; `None` when it knows none.
+/// What the scheduler says of one document; `None` when it knows none, or does not know yet what to make of it.
 ///
 /// # Errors
 /// As [`docs_page`].
 pub fn doc(server: &Server, db: &str, doc_id: &str) -> Result<Option<Row>> {
-    known(server.get_json(&format!("/_scheduler/docs/{}/{}", encoded(db), encoded(doc_id))))
+    doc_as(server, db, doc_id)
+}
+
+/// As [`doc`], as CouchDB wrote it for a [`Value`].
+///
+/// # Errors
+/// As [`docs_page`].
+pub fn doc_as<T: DeserializeOwned>(server: &Server, db: &str, doc_id: &str) -> Result<Option<T>> {
+    let path = format!("/_scheduler/docs/{}/{}", encoded(db), encoded(doc_id));
+    let row: Option<Value> = known(server.get_json(&path))?;
+    // A document that was saved a moment ago is shown with a state of `null`.
+    let Some(row) = row.filter(|row| !row["state"].is_null()) else { return Ok(None) };
+    serde_json::from_value(row).map(Some).map_err(|error| {
+        Error::new(Kind::Malformed, format!("expected a row, got another shape: {error}")).context(format!("GET {path}"))
+    })
 }
 
 /// One job, by the replication's id; `None` when there is none.
@@ -110,6 +145,14 @@ pub fn doc(server: &Server, db: &str, doc_id: &str) -> Result<Option<Row>> {
 /// # Errors
 /// As [`docs_page`].
 pub fn job(server: &Server, id: &str) -> Result<Option<Job>> {
+    job_as(server, id)
+}
+
+/// As [`job`], as CouchDB wrote it for a [`Value`].
+///
+/// # Errors
+/// As [`docs_page`].
+pub fn job_as<T: DeserializeOwned>(server: &Server, id: &str) -> Result<Option<T>> {
     known(server.get_json(&format!("/_scheduler/jobs/{}", encoded(id))))
 }
 
@@ -155,6 +198,92 @@ pub fn pending_after(
         Err(error) if error.kind() == Kind::BadSince => Ok(None),
         counted => counted,
     }
+}
+
+/// Saves a replication's document again without CouchDB's own members, so that a replication which has ended begins
+/// anew; `None` when there is no such document. Nothing is saved when it has none of them: CouchDB takes no notice of
+/// a document that asks for what it is at already.
+///
+/// # Errors
+/// As [`Server::request`]; `Conflict` when somebody else keeps writing it; `Forbidden` when we may not, on 1.x also
+/// while the replication runs; `Malformed` for what is no document.
+pub fn resubmit(server: &Server, db: &str, doc_id: &str) -> Result<Option<Resubmitted>> {
+    let path = db_path(db, &[doc_id]);
+    let mut n_tries = 0;
+    loop {
+        let Some(reply) = known(server.request(&Method::GET, &path, None, &[]))? else { return Ok(None) };
+        let text = String::from_utf8_lossy(&reply.body);
+        let Some(Resubmission { body, taken_out, state }) = Resubmission::of(&text) else {
+            return Err(Error::new(Kind::Malformed, "expected a document, got something else").context(path));
+        };
+        let rev = match taken_out.is_empty() {
+            true => None,
+            false => match server.put_json(&path, &body) {
+                Ok(written) => Some(written.rev),
+                Err(error) if error.kind() == Kind::Conflict && n_tries < CONFLICTS_MAX => {
+                    n_tries += 1;
+                    continue;
+                }
+                Err(error) => return Err(error),
+            },
+        };
+        return Ok(Some(Resubmitted { rev, taken_out, previous_state: state }));
+    }
+}
+
+/// Every document of a replicator database but design documents, with its id, in CouchDB's order.
+///
+/// # Errors
+/// As [`Server::request`].
+pub fn documents(server: &Server, db: &str, each: &mut dyn FnMut(&str, Map<String, Value>)) -> Result<()> {
+    let mut after: Option<String> = None;
+    loop {
+        let from = after.as_ref().map_or_else(String::new, |id| {
+            format!("&skip=1&startkey={}", encoded(&Value::from(id.as_str()).to_string()))
+        });
+        let path = format!("{}?include_docs=true&limit={PAGE_ROWS}{from}", db_path(db, &["_all_docs"]));
+        let page: DocRows = server.get_json(&path)?;
+        let n_rows = page.rows.len();
+        after = page.rows.last().map(|row| row.id.clone());
+        for DocRow { id, doc } in page.rows {
+            if let (false, Some(doc)) = (id.starts_with("_design/"), doc) {
+                each(&id, doc);
+            }
+        }
+        if n_rows < PAGE_ROWS {
+            return Ok(());
+        }
+    }
+}
+
+/// The documents of these ids that there are, by id.
+///
+/// # Errors
+/// As [`Server::request`].
+pub fn documents_of(server: &Server, db: &str, ids: &[&str]) -> Result<HashMap<String, Map<String, Value>>> {
+    let mut found = HashMap::new();
+    let path = format!("{}?include_docs=true", db_path(db, &["_all_docs"]));
+    for keys in ids.chunks(PAGE_ROWS) {
+        let body = serde_json::json!({ "keys": keys }).to_string();
+        let reply = server.request(&Method::POST, &path, Some(&body), &[])?;
+        let page: DocRows = from_json(&reply.body).context(|| format!("POST {path}"))?;
+        found.extend(page.rows.into_iter().filter_map(|row| Some((row.id, row.doc?))));
+    }
+    Ok(found)
+}
+
+/// Rows of `_all_docs`; one that is not there has no `id`, only a `key`.
+#[derive(Deserialize)]
+struct DocRows {
+    rows: Vec<DocRow>,
+}
+
+#[derive(Deserialize)]
+struct DocRow {
+    #[serde(default)]
+    id: String,
+    #[serde(default)]
+    doc: Option<Map<String, Value>>,
 }
 
 /// A replication's document, as JSON; `None` when there is none.

@@ -24,6 +24,7 @@ pub mod redact;
 pub mod rep_doc;
 pub mod rep_error;
 pub mod replication;
+pub mod resubmit;
 pub mod retry;
 mod scan;
 pub mod secret;
