@@ -118,7 +118,7 @@ pub fn all<T>(
     }
 }
 
-/// What the scheduler says of one document; `None` when it knows none.
+/// What the scheduler says of one document; `None` when it knows none, or does not know yet what to make of it.
 ///
 /// # Errors
 /// As [`docs_page`].
@@ -131,7 +131,13 @@ pub fn doc(server: &Server, db: &str, doc_id: &str) -> Result<Option<Row>> {
 /// # Errors
 /// As [`docs_page`].
 pub fn doc_as<T: DeserializeOwned>(server: &Server, db: &str, doc_id: &str) -> Result<Option<T>> {
-    known(server.get_json(&format!("/_scheduler/docs/{}/{}", encoded(db), encoded(doc_id))))
+    let path = format!("/_scheduler/docs/{}/{}", encoded(db), encoded(doc_id));
+    let row: Option<Value> = known(server.get_json(&path))?;
+    // A document that was saved a moment ago is shown with a state of `null`.
+    let Some(row) = row.filter(|row| !row["state"].is_null()) else { return Ok(None) };
+    serde_json::from_value(row).map(Some).map_err(|error| {
+        Error::new(Kind::Malformed, format!("expected a row, got another shape: {error}")).context(format!("GET {path}"))
+    })
 }
 
 /// One job, by the replication's id; `None` when there is none.
