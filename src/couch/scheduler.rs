@@ -136,7 +136,8 @@ pub fn doc_as<T: DeserializeOwned>(server: &Server, db: &str, doc_id: &str) -> R
     // A document that was saved a moment ago is shown with a state of `null`.
     let Some(row) = row.filter(|row| !row["state"].is_null()) else { return Ok(None) };
     serde_json::from_value(row).map(Some).map_err(|error| {
-        Error::new(Kind::Malformed, format!("expected a row, got another shape: {error}")).context(format!("GET {path}"))
+        Error::new(Kind::Malformed, format!("expected a row, got another shape: {error}"))
+            .context(format!("GET {path}"))
     })
 }
 

@@ -10,6 +10,7 @@ use crate::cli::out::Out;
 use crate::cli::replications::Where;
 use crate::cli::replications::look::Look;
 use crate::cli::replications::shown::{end, public, state_cell};
+use crate::cli::run::Source;
 use crate::cli::table::Table;
 use crate::error::Result;
 use crate::pure::rep_error::analyze;
@@ -24,7 +25,7 @@ use crate::pure::replication::{Happened, Job, State};
     keeps. --json gives what `_scheduler/jobs` gives, without secrets.")]
 pub(super) struct Arguments {
     #[command(flatten)]
-    place: Where,
+    source: Source,
     /// One JSON object on one line
     #[arg(long)]
     json: bool,
@@ -32,8 +33,8 @@ pub(super) struct Arguments {
 
 /// Lists jobs.
 pub(super) fn run(arguments: Arguments, out: &mut Out) -> Result<u8> {
-    let Arguments { place, json } = arguments;
-    let look = Look::open(place)?;
+    let Arguments { source, json } = arguments;
+    let look = Look::open(Where { database: "_replicator".to_owned(), source })?;
     if !look.has_scheduler {
         let found =
             format!("CouchDB {} has no jobs: they came with 2.1; see `replications list`", look.version);
