@@ -55,6 +55,7 @@ pub(super) fn run(arguments: Arguments, out: &mut Out) -> Result<u8> {
     let mut pause = LOOK_FIRST;
     let mut said: Option<String> = None;
     let mut last: Option<Entry> = None;
+    let mut fault = None;
     loop {
         match look.one(&doc_id) {
             Ok(None) => return Err(look.no_such(&doc_id)),
@@ -72,10 +73,10 @@ pub(super) fn run(arguments: Arguments, out: &mut Out) -> Result<u8> {
                 if let Some(status) = status {
                     return end(&entry, status, json, out);
                 }
-                last = Some(entry);
+                (last, fault) = (Some(entry), None);
             }
             // It is not the replication that does not answer.
-            Err(error) if last.is_some() && is_passing(error.kind()) => {}
+            Err(error) if is_passing(error.kind()) => fault = Some(error),
             Err(error) => return Err(error),
         }
         let Some(left) = until.checked_duration_since(sys::now()).filter(|left| !left.is_zero()) else {
@@ -85,6 +86,9 @@ pub(super) fn run(arguments: Arguments, out: &mut Out) -> Result<u8> {
         pause = (pause * 2).min(LOOK_MAX);
     }
     complain(&format!("`{doc_id}` has not come to its end within {timeout}"));
+    if let Some(fault) = fault {
+        return Err(fault);
+    }
     match last {
         Some(entry) => end(&entry, 1, json, out),
         None => Ok(1),
