@@ -204,7 +204,7 @@ fn replicator_databases(reader: &mut Reader<'_>, format: Format) -> Vec<String> 
 fn polling(reader: &mut Reader<'_>, watch: Watch) -> Polling {
     if watch != Watch::Replications {
         for key in ["poll_interval", "confirm_polls", "stalled_after", "retry_failed"] {
-            if reader.is_set(key) {
+            if reader.is_changed(key) {
                 reader.warning(key, "has a meaning only with `watch = replications`; delete the line");
             }
         }
