@@ -70,7 +70,7 @@ enum Command {
     Seek(seek::Arguments),
     /// List, show, send again or delete what endpoints refused
     DeadLetters(dead_letters::Arguments),
-    /// Look into CouchDB's replications
+    /// Show what CouchDB's replications are at, check, wait for and retry them
     Replications(replications::Arguments),
     /// Show the whole on a machine with nothing installed, with a kill -9 in the middle
     Demo(demo::Arguments),

@@ -86,7 +86,13 @@ impl Out {
 
     /// Columns of the terminal; `None` when stdout is none.
     pub(crate) fn width(&self) -> Option<usize> {
-        terminal_size::terminal_size_of(&self.stdout).map(|(width, _)| usize::from(width.0))
+        self.size().map(|(width, _)| width)
+    }
+
+    /// Columns and lines of the terminal; `None` when stdout is none.
+    pub(crate) fn size(&self) -> Option<(usize, usize)> {
+        let (width, height) = terminal_size::terminal_size_of(&self.stdout)?;
+        Some((usize::from(width.0), usize::from(height.0)))
     }
 
     /// A whole text of ours, as it is.

@@ -101,8 +101,8 @@ impl Table {
         Ok(())
     }
 
-    /// The lines, headings first.
-    fn lines(&self, width: Option<usize>, colours: bool) -> Vec<String> {
+    /// The lines, headings first, for whoever prints by itself.
+    pub(crate) fn lines(&self, width: Option<usize>, colours: bool) -> Vec<String> {
         let widths = self.widths(width);
         std::iter::once(&self.headings)
             .chain(&self.rows)

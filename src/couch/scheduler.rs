@@ -11,6 +11,7 @@ use std::collections::HashMap;
 use http::Method;
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
+use serde_json::value::RawValue;
 use serde_json::{Map, Value};
 
 use crate::couch::client::{Generation, Server, db_path, encoded};
@@ -18,7 +19,7 @@ use crate::couch::feed;
 use crate::couch::refusal::from_json;
 use crate::error::{Context, Error, Kind, Result};
 use crate::pure::lag;
-use crate::pure::replication::{Job, Row, Task};
+use crate::pure::replication::{Job, Row, State, Task};
 use crate::pure::resubmit::{Resubmission, Resubmitted};
 use crate::pure::seq::Seq;
 
@@ -34,7 +35,9 @@ const CONFLICTS_MAX: u32 = 5;
 pub struct Page<T> {
     /// What CouchDB counts; may be more than it lists.
     pub total_rows: u64,
-    /// What it lists.
+    /// How many rows it lists.
+    pub n_rows: usize,
+    /// Those of them that say something.
     pub rows: Vec<T>,
 }
 
@@ -58,16 +61,26 @@ pub fn docs_page_as<T: DeserializeOwned>(
     limit: usize,
 ) -> Result<Page<T>> {
     #[derive(Deserialize)]
-    struct Body<T> {
+    struct Stated {
+        #[serde(rename = "state")]
+        _state: State,
+    }
+    #[derive(Deserialize)]
+    struct Body {
         #[serde(default)]
         total_rows: u64,
         // So spelled when there is nothing at all (`couch_replicator_httpd_util:docs_cb`).
         #[serde(alias = "rows")]
-        docs: Vec<T>,
+        docs: Vec<Box<RawValue>>,
     }
     let db = db.map_or_else(String::new, |db| format!("/{}", encoded(db)));
-    let body: Body<T> = server.get_json(&format!("/_scheduler/docs{db}?limit={limit}&skip={skip}"))?;
-    Ok(Page { total_rows: body.total_rows, rows: body.docs })
+    let body: Body = server.get_json(&format!("/_scheduler/docs{db}?limit={limit}&skip={skip}"))?;
+    // A document that was saved a moment ago may be listed with a state of `null`: it has none to speak of.
+    let texts = body.docs.iter().map(|row| row.get());
+    let rows = texts.filter(|row| serde_json::from_str::<Stated>(row).is_ok()).map(serde_json::from_str);
+    let malformed = |error| Error::new(Kind::Malformed, format!("expected rows of the scheduler: {error}"));
+    let rows = rows.collect::<Result<_, _>>().map_err(malformed)?;
+    Ok(Page { total_rows: body.total_rows, n_rows: body.docs.len(), rows })
 }
 
 /// A page of `_scheduler/jobs`.
@@ -90,7 +103,7 @@ pub fn jobs_page_as<T: DeserializeOwned>(server: &Server, skip: usize, limit: us
         jobs: Vec<T>,
     }
     let body: Body<T> = server.get_json(&format!("/_scheduler/jobs?limit={limit}&skip={skip}"))?;
-    Ok(Page { total_rows: body.total_rows, rows: body.jobs })
+    Ok(Page { total_rows: body.total_rows, n_rows: body.jobs.len(), rows: body.jobs })
 }
 
 /// Reads a list to its end, page by page; `page` gets what to skip and how many rows to ask for, `each` takes a page
@@ -104,8 +117,7 @@ pub fn all<T>(
 ) -> Result<()> {
     let mut skip = 0;
     loop {
-        let Page { total_rows, rows } = page(skip, PAGE_ROWS)?;
-        let n_rows = rows.len();
+        let Page { total_rows, n_rows, rows } = page(skip, PAGE_ROWS)?;
         // Rows are skipped, not documents: a page is one short for every design document that it passed over, and
         // what followed them comes next.
         skip += n_rows;
@@ -118,7 +130,7 @@ pub fn all<T>(
     }
 }
 
-/// What the scheduler says of one document; `None` when it knows none.
+/// What the scheduler says of one document; `None` when it knows none, or does not know yet what to make of it.
 ///
 /// # Errors
 /// As [`docs_page`].
@@ -131,7 +143,14 @@ pub fn doc(server: &Server, db: &str, doc_id: &str) -> Result<Option<Row>> {
 /// # Errors
 /// As [`docs_page`].
 pub fn doc_as<T: DeserializeOwned>(server: &Server, db: &str, doc_id: &str) -> Result<Option<T>> {
-    known(server.get_json(&format!("/_scheduler/docs/{}/{}", encoded(db), encoded(doc_id))))
+    let path = format!("/_scheduler/docs/{}/{}", encoded(db), encoded(doc_id));
+    let row: Option<Value> = known(server.get_json(&path))?;
+    // A document that was saved a moment ago is shown with a state of `null`.
+    let Some(row) = row.filter(|row| !row["state"].is_null()) else { return Ok(None) };
+    serde_json::from_value(row).map(Some).map_err(|error| {
+        Error::new(Kind::Malformed, format!("expected a row, got another shape: {error}"))
+            .context(format!("GET {path}"))
+    })
 }
 
 /// One job, by the replication's id; `None` when there is none.
@@ -309,8 +328,9 @@ mod tests {
         let mut found = Vec::new();
         let page = |skip: usize, limit: usize| {
             let seen = documents.iter().enumerate().take(skip + limit);
-            let rows = seen.filter(|(_, listed)| **listed).map(|(at, _)| at).skip(skip).take(limit).collect();
-            Ok(Page { total_rows, rows })
+            let rows: Vec<usize> =
+                seen.filter(|(_, listed)| **listed).map(|(at, _)| at).skip(skip).take(limit).collect();
+            Ok(Page { total_rows, n_rows: rows.len(), rows })
         };
         all(page, &mut |rows| {
             found.extend(rows);
@@ -343,8 +363,9 @@ mod tests {
 
     #[test]
     fn whoever_has_enough_ends_it() {
-        let page =
-            |skip, limit| Ok(Page { total_rows: u64::MAX, rows: (skip..skip + limit).collect::<Vec<_>>() });
+        let page = |skip, limit| {
+            Ok(Page { total_rows: u64::MAX, n_rows: limit, rows: (skip..skip + limit).collect::<Vec<_>>() })
+        };
         let mut n_rows = 0;
         all(page, &mut |rows| {
             n_rows += rows.len();

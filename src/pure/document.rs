@@ -3,8 +3,11 @@
 //! Guarantees that the text is JSON, and that a look at it costs one pass: a row is most of what a feed costs us.
 //! What the members mean is left to `message`.
 
+use std::fmt;
+
 use serde::Deserialize;
 use serde::de::IgnoredAny;
+use serde_json::value::RawValue;
 
 /// A JSON text, checked.
 #[derive(Debug, Clone)]
@@ -63,6 +66,31 @@ impl Document {
     pub fn take_head(&mut self) -> Option<Head> {
         self.head.take().map(|head| *head)
     }
+}
+
+/// The members of a JSON object in their order, values byte for byte; none of what is no object.
+pub fn members(doc: &str) -> Vec<(String, Box<RawValue>)> {
+    struct Members(Vec<(String, Box<RawValue>)>);
+    impl<'de> Deserialize<'de> for Members {
+        fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+            struct Visitor;
+            impl<'de> serde::de::Visitor<'de> for Visitor {
+                type Value = Members;
+                fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                    f.write_str("a JSON object")
+                }
+                fn visit_map<A: serde::de::MapAccess<'de>>(self, mut map: A) -> Result<Members, A::Error> {
+                    let mut all = Vec::new();
+                    while let Some(member) = map.next_entry()? {
+                        all.push(member);
+                    }
+                    Ok(Members(all))
+                }
+            }
+            deserializer.deserialize_map(Visitor)
+        }
+    }
+    serde_json::from_str::<Members>(doc).map(|members| members.0).unwrap_or_default()
 }
 
 #[cfg(test)]

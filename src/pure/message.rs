@@ -9,13 +9,12 @@ use std::ops::Range;
 
 use jiff::Timestamp;
 use ring::digest;
-use serde::Deserialize;
-use serde_json::value::RawValue;
 
 use crate::pure::about::{self, About};
 use crate::pure::changes::{Line, Row, RowDoc};
-use crate::pure::document::{Document, Head};
-use crate::pure::format::{self, Format, push_str, push_text};
+use crate::pure::document::{Document, Head, members};
+use crate::pure::format::{self, Format};
+use crate::pure::redact::document::Redaction;
 use crate::pure::seq::Seq;
 
 /// The stable identity of one thing told to one webhook: `msg_` and 32 hex digits.
@@ -175,47 +174,6 @@ pub struct Arrived {
     pub event: Option<Event>,
 }
 
-/// Which members of a document may leave.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Redaction {
-    /// An ordinary database: all of them.
-    None,
-    /// `_users`.
-    Users,
-    /// `_replicator` and every database whose name ends in `/_replicator`.
-    Replicator,
-}
-
-impl Redaction {
-    /// By the database's name.
-    pub fn of_db(db: &str) -> Redaction {
-        match db {
-            "_users" => Redaction::Users,
-            "_replicator" => Redaction::Replicator,
-            _ if db.ends_with("/_replicator") => Redaction::Replicator,
-            _ => Redaction::None,
-        }
-    }
-
-    /// Members that may leave, beside `_id`, `_rev` and `_deleted`.
-    fn allowed(self) -> &'static [&'static str] {
-        match self {
-            Redaction::None => &[],
-            Redaction::Users => &["name", "type", "roles"],
-            Redaction::Replicator => &[
-                "continuous",
-                "create_target",
-                "owner",
-                "_replication_id",
-                "_replication_state",
-                "_replication_state_time",
-                "_replication_start_time",
-                "_replication_stats",
-            ],
-        }
-    }
-}
-
 /// Where a webhook's events come from.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Watch {
@@ -313,8 +271,7 @@ impl Telling {
             RowDoc::Null => EventDoc::Gone,
             RowDoc::TooLarge { bytes } => EventDoc::TooLarge(bytes),
             RowDoc::Json(doc) => {
-                let redaction = Redaction::of_db(&self.db);
-                let doc = if redaction == Redaction::None { doc } else { redact(doc.get(), redaction) };
+                let doc = Redaction::of_db(&self.db).apply(doc);
                 // A raw line holds what CouchDB wrote into it.
                 if deleted && self.format != Format::Raw && !has_own_members(doc.get()) {
                     EventDoc::Absent
@@ -381,53 +338,9 @@ pub fn matches(pattern: &str, text: &str) -> bool {
     }
 }
 
-/// The members of a JSON object in their order, values byte for byte.
-fn members(doc: &str) -> Vec<(String, Box<RawValue>)> {
-    struct Members(Vec<(String, Box<RawValue>)>);
-    impl<'de> Deserialize<'de> for Members {
-        fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-            struct Visitor;
-            impl<'de> serde::de::Visitor<'de> for Visitor {
-                type Value = Members;
-                fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-                    f.write_str("a JSON object")
-                }
-                fn visit_map<A: serde::de::MapAccess<'de>>(self, mut map: A) -> Result<Members, A::Error> {
-                    let mut all = Vec::new();
-                    while let Some(member) = map.next_entry()? {
-                        all.push(member);
-                    }
-                    Ok(Members(all))
-                }
-            }
-            deserializer.deserialize_map(Visitor)
-        }
-    }
-    serde_json::from_str::<Members>(doc).map(|members| members.0).unwrap_or_default()
-}
-
 /// Whether a tombstone says more than that it is one.
 fn has_own_members(doc: &str) -> bool {
     members(doc).iter().any(|(name, _)| !matches!(name.as_str(), "_id" | "_rev" | "_deleted"))
-}
-
-/// Keeps the allow-listed members only. An unreadable document keeps none.
-fn redact(doc: &str, redaction: Redaction) -> Document {
-    let allowed = redaction.allowed();
-    let mut out = b"{".to_vec();
-    for (name, value) in members(doc) {
-        if matches!(name.as_str(), "_id" | "_rev" | "_deleted") || allowed.contains(&name.as_str()) {
-            if out.len() > 1 {
-                out.push(b',');
-            }
-            push_text(&mut out, &name);
-            out.push(b':');
-            push_str(&mut out, value.get());
-        }
-    }
-    out.push(b'}');
-    let out = String::from_utf8(out).expect("texts are UTF-8");
-    Document::parse(out).expect("members of an object make an object")
 }
 
 #[cfg(test)]

@@ -4,6 +4,8 @@
 //! usually stands in front (`Basic `, `whsec_`, `NAME=`). Leaves to others: secrets that it was not given, and text
 //! that spells them another way.
 
+pub mod document;
+
 use std::fmt;
 
 /// Shorter secrets would make every text unreadable, and are none.

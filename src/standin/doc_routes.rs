@@ -7,7 +7,7 @@ use std::fmt::Write;
 use serde_json::Value;
 
 use crate::standin::couch::State;
-use crate::standin::docs::{Incoming, Refusal, Rev, compact, quoted};
+use crate::standin::docs::{Document, Incoming, Refusal, Rev, compact, quoted};
 use crate::standin::http::Request;
 use crate::standin::quirks::take_one;
 use crate::standin::routes::{
@@ -57,6 +57,7 @@ pub(crate) fn in_database(
         }
         ("POST", ["_bulk_docs"]) => bulk_docs(db, request),
         ("GET", ["_all_docs"]) => all_docs(db, request),
+        ("POST", ["_all_docs"]) => docs_of_keys(db, request),
         (_, ["_local", rest @ ..]) if !rest.is_empty() => {
             local(state, name, method, &rest.join("/"), request)
         }
@@ -214,18 +215,41 @@ fn all_docs(db: &Database, request: &Request) -> Outcome {
         db.live_docs().take_while(|(id, _)| start.as_deref().is_some_and(|start| *id < start)).count();
     let skip = number("skip").unwrap_or(0);
     let found = db.live_docs().filter(|(id, _)| wanted(id)).skip(skip);
-    let rows = found.take(number("limit").unwrap_or(usize::MAX)).map(|(id, doc)| {
-        let (rev, id_json) = (doc.winner(), quoted(id));
-        let mut row = format!("{{\"id\":{id_json},\"key\":{id_json},\"value\":{{\"rev\":\"{rev}\"}}");
-        if include_docs {
-            let _ = write!(row, ",\"doc\":{}", doc.json(id, rev, false).unwrap_or("null".to_owned()));
-        }
-        row + "}"
-    });
-    let rows: Vec<String> = rows.collect();
+    let rows = found.take(number("limit").unwrap_or(usize::MAX));
+    let rows: Vec<String> = rows.map(|(id, doc)| row_of(id, doc, include_docs)).collect();
     let (total, offset) = (db.live_docs().count(), offset + skip);
     Ok(Reply::ok(format!(
         "{{\"total_rows\":{total},\"offset\":{offset},\"rows\":[\r\n{}\r\n]}}",
         rows.join(",\r\n")
     )))
+}
+
+/// `{"keys":[…]}`: those rows in that order; of deleted documents CouchDB says so, nothing more is needed here.
+fn docs_of_keys(db: &Database, request: &Request) -> Outcome {
+    #[derive(serde::Deserialize)]
+    struct Keys {
+        keys: Vec<String>,
+    }
+    let Keys { keys } = json(&request.body)?;
+    let include_docs = request.query_value("include_docs") == Some("true");
+    let live = |id: &str| db.doc(id).filter(|doc| !doc.is_deleted(doc.winner()));
+    let rows = keys.iter().map(|id| match live(id) {
+        Some(doc) => row_of(id, doc, include_docs),
+        None => format!("{{\"key\":{},\"error\":\"not_found\"}}", quoted(id)),
+    });
+    let rows: Vec<String> = rows.collect();
+    let total = db.live_docs().count();
+    Ok(Reply::ok(format!(
+        "{{\"total_rows\":{total},\"offset\":0,\"rows\":[\r\n{}\r\n]}}",
+        rows.join(",\r\n")
+    )))
+}
+
+fn row_of(id: &str, doc: &Document, include_docs: bool) -> String {
+    let (rev, id_json) = (doc.winner(), quoted(id));
+    let mut row = format!("{{\"id\":{id_json},\"key\":{id_json},\"value\":{{\"rev\":\"{rev}\"}}");
+    if include_docs {
+        let _ = write!(row, ",\"doc\":{}", doc.json(id, rev, false).unwrap_or("null".to_owned()));
+    }
+    row + "}"
 }

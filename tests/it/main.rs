@@ -9,6 +9,7 @@ mod cli;
 mod commands;
 mod commands_letters;
 mod commands_look;
+mod commands_replications;
 mod configuring;
 mod couch;
 mod docs;

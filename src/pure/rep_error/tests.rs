@@ -319,7 +319,7 @@ fn what_nobody_knows_is_told_cleaned() {
     );
     check("{a,{b", Class::Other, "a: b");
     check("{http_request_failed,\"GET\",\"http://u:p", Class::Other, "http request failed: GET");
-    check("\"just a text\"", Class::Other, "just a text");
+    check("\"just a text\"", Class::Other, "\"just a text\"");
     check("[1,2,3]", Class::Other, "[_]");
 }
 
