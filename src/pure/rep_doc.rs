@@ -5,7 +5,7 @@
 //! numbers, `true` and `false`: no URL, no header's value, no text. Leaves to others whether an endpoint answers, a
 //! filter exists, or a login is right.
 //!
-//! Source: CouchDB's own code. `couch_rep.erl` (1.1.2), `couch_replicator_utils.erl` (1.2.0 to 1.7.1),
+//! Source: CouchDB's own code, most of it seen on running servers too (1.7.1, 2.3.1, 3.5.0). `couch_rep.erl` (1.1.2), `couch_replicator_utils.erl` (1.2.0 to 1.7.1),
 //! `couch_replicator_docs.erl` (2.1.0 to 3.2.3), `couch_replicator_parse.erl` (3.3.0 to 3.5.2), the function
 //! `validate_doc_update` of `_design/_replicator` (up to 3.2.3), `couch_doc.erl` for members that begin with `_`.
 
@@ -254,7 +254,7 @@ fn check_member(findings: &mut Findings, members: &Map<String, Value>, name: &st
     match (fields::find(name), name) {
         (Some(field), _) => field.check(findings, name, value),
         (None, "params") => check_params(findings, value),
-        (None, _) => check_unknown(findings, members, name),
+        (None, _) => check_unknown(findings, members, name, value),
     }
 }
 
@@ -301,7 +301,7 @@ const OTHER_NAMES: &[(&str, &str)] = &[
 ];
 
 /// A name that CouchDB does not know at the top. It ignores it, whatever was meant.
-fn check_unknown(findings: &mut Findings, members: &Map<String, Value>, name: &str) {
+fn check_unknown(findings: &mut Findings, members: &Map<String, Value>, name: &str, value: &Value) {
     let path = shown_name(name);
     let unknown = "CouchDB does not know it and ignores it";
     match name {
@@ -320,6 +320,9 @@ fn check_unknown(findings: &mut Findings, members: &Map<String, Value>, name: &s
             "CouchDB reads it only within `auth` of an endpoint, and only up to 2.1",
             "put it into `source.auth`, or use another login",
         ),
+        "id" | "replication_id" if !value.is_string() => {
+            findings.wrong(&path, "a string, and only for `_replicate`", value, "take it away");
+        }
         "id" | "replication_id" => findings.warning(
             path,
             "it names a replication only for `_replicate`; in a document CouchDB does not use it",

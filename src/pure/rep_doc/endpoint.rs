@@ -3,7 +3,7 @@
 use serde_json::{Map, Value};
 
 use crate::pure::nearest::nearest_of;
-use crate::pure::rep_doc::{Findings, fields, folded, kind, shown_name};
+use crate::pure::rep_doc::{Findings, Severity, fields, folded, kind, shown_name};
 use crate::pure::url::Url;
 
 /// What CouchDB reads of an endpoint that is an object.
@@ -84,11 +84,12 @@ fn check_object(findings: &mut Findings, path: &str, members: &Map<String, Value
         None => {
             findings.error(&url_path, "expected a URL, got none", "write `\"http://HOST:5984/DATABASE\"`")
         }
-        Some(Value::String(url)) if has_scheme(url, &["http", "https"]) => {
-            check_url(findings, &url_path, url)
+        Some(Value::String(url)) if url.starts_with("http://") || url.starts_with("https://") => {
+            check_url(findings, &url_path, url);
         }
         Some(value) => {
             let found = match value.as_str() {
+                Some(text) if has_scheme(text, &["http", "https"]) => "one in upper case",
                 Some(text) if text.contains("://") => "another scheme",
                 Some(text) if !text.is_empty() => "one without a scheme",
                 _ => kind(value),
@@ -144,7 +145,8 @@ fn check_url(findings: &mut Findings, path: &str, text: &str) {
         );
     }
     if url.has_query() {
-        let message = "has a query: CouchDB appends its own paths behind it";
+        let message =
+            "has a query: CouchDB appends its own paths behind it, and a CouchDB there answers with nothing";
         findings.warning(
             path,
             message,
@@ -164,21 +166,41 @@ fn check_authority(findings: &mut Findings, path: &str, text: &str) {
     };
     if host.is_empty() {
         findings.error(path, "expected a URL with a host, got none", "write the host behind `://`");
-    } else if port.is_some_and(|port| !port.is_empty() && !port.parse::<u16>().is_ok_and(|port| port > 0)) {
+    } else if port.is_some_and(|port| !port.parse::<u16>().is_ok_and(|port| port > 0)) {
         let message = "expected a port from 1 to 65535 behind the host's `:`, got another";
         findings.error(path, message, "write a number; a `:`, `/` or `@` of a login must be percent-encoded");
-    } else if Url::parse(&format!("http://{after}")).is_err() {
+    } else if !is_uri(authority, after) {
+        // Blanks break the request; `uri_string:parse` is asked from 3.4 on.
+        let breaks = after.contains(|c: char| c.is_whitespace() || c.is_control());
+        let is_refused = breaks || findings.version.is_at_least(3, 4);
+        let severity = if is_refused && !is_proxy(path) { Severity::Error } else { Severity::Warning };
         let message = "holds something that no URL can hold, or has it in a wrong place";
-        findings.warning(path, message, "percent-encode blanks, letters beyond ASCII, `#`, `@` and the like");
+        let remedy = "percent-encode blanks, letters beyond ASCII, `@`, `|` and the like";
+        findings.say(severity, path, message, remedy);
+    } else if after.contains('#') {
+        let message = "has a `#` part, which takes away all that CouchDB appends: nothing is replicated";
+        findings.error(path, message, "write %23 where it belongs to a name, or take it away");
     }
     if userinfo.contains(':') {
-        let has_auth = !path.ends_with("proxy") && findings.version.is_at_least(3, 2);
+        let has_auth = !is_proxy(path) && findings.version.is_at_least(3, 2);
         let remedy = match has_auth {
             true => format!("`auth.basic` keeps it out of URLs in logs and errors; {GIVE_LITTLE}"),
             false => GIVE_LITTLE.to_owned(),
         };
         findings.warning(path, "holds a password in clear, which error texts may repeat", remedy);
     }
+}
+
+fn is_proxy(path: &str) -> bool {
+    path.ends_with("proxy")
+}
+
+/// Whether all characters stand where RFC 3986 has them: brackets in the host alone, one `@` in front of it.
+fn is_uri(authority: &str, after: &str) -> bool {
+    let fits = |c: char| c.is_ascii_alphanumeric() || "-._~%!$&'()*+,;=:@".contains(c);
+    authority.chars().all(|c| fits(c) || "[]".contains(c))
+        && authority.matches('@').count() <= 1
+        && after[authority.len()..].chars().all(|c| fits(c) || "/?#".contains(c))
 }
 
 fn check_headers(findings: &mut Findings, path: &str, value: &Value) {

@@ -24,8 +24,8 @@ pub(crate) enum Rule {
     Endpoint,
     Proxy,
     Boolean,
-    /// A number, or a string that is one, from the first on; milliseconds when the second is true.
-    Integer(i64, bool),
+    /// A number, or a string that is one.
+    Integer(Range),
     /// An Erlang list of pairs, and which names it takes.
     ErlangOptions(&'static [&'static str]),
     Cancel,
@@ -39,6 +39,24 @@ pub(crate) enum Rule {
     /// CouchDB writes it itself.
     Owner,
 }
+
+/// Numbers that CouchDB can do something with.
+pub(crate) struct Range {
+    least: i64,
+    /// Whether it is a time, in milliseconds.
+    is_time: bool,
+    /// The first version that gets by with less all the same.
+    forgives: Option<Version>,
+}
+
+const COUNT: Range = Range { least: 1, is_time: false, forgives: None };
+/// Seen: 1.7.1 and 2.3.1 fail or hang with 0, 3.5.0 does not.
+const BATCH: Range = Range { forgives: Some(Version::new(3, 0, 0)), ..COUNT };
+/// Less than 0 is without end: `couch_replicator_httpc` counts down to 0.
+const RETRIES: Range = Range { least: 0, is_time: false, forgives: Some(Version::new(1, 1, 0)) };
+const TIMEOUT: Range = Range { least: 1, is_time: true, forgives: None };
+/// With less than 0 no timer is set, and nothing is checkpointed before the end.
+const INTERVAL: Range = Range { least: 0, is_time: true, forgives: None };
 
 const fn field(name: &'static str, since: (u16, u16, u16), ignored: Severity, rule: Rule) -> Field {
     Field { name, since: Version::new(since.0, since.1, since.2), ignored, rule }
@@ -62,14 +80,14 @@ const FIELDS: &[Field] = &[
     field("proxy", (1, 1, 0), Error, Rule::Proxy),
     field("user_ctx", (1, 1, 0), Error, Rule::UserCtx),
     field("owner", (1, 1, 0), Warning, Rule::Owner),
-    field("connection_timeout", (1, 2, 0), Warning, Rule::Integer(1, true)),
-    field("http_connections", (1, 2, 0), Warning, Rule::Integer(1, false)),
-    field("retries_per_request", (1, 2, 0), Warning, Rule::Integer(0, false)),
-    field("worker_batch_size", (1, 2, 0), Warning, Rule::Integer(1, false)),
-    field("worker_processes", (1, 2, 0), Warning, Rule::Integer(1, false)),
+    field("connection_timeout", (1, 2, 0), Warning, Rule::Integer(TIMEOUT)),
+    field("http_connections", (1, 2, 0), Warning, Rule::Integer(COUNT)),
+    field("retries_per_request", (1, 2, 0), Warning, Rule::Integer(RETRIES)),
+    field("worker_batch_size", (1, 2, 0), Warning, Rule::Integer(BATCH)),
+    field("worker_processes", (1, 2, 0), Warning, Rule::Integer(COUNT)),
     field("since_seq", (1, 2, 0), Error, Rule::SinceSeq),
     field("socket_options", (1, 2, 0), Warning, Rule::ErlangOptions(SOCKET_OPTIONS)),
-    field("checkpoint_interval", (1, 6, 0), Warning, Rule::Integer(0, true)),
+    field("checkpoint_interval", (1, 6, 0), Warning, Rule::Integer(INTERVAL)),
     field("use_checkpoints", (1, 6, 0), Error, Rule::Boolean),
     field("selector", (2, 0, 0), Error, Rule::Selector),
     field("create_target_params", (2, 2, 0), Warning, Rule::CreateTargetParams),
@@ -105,7 +123,7 @@ impl Field {
             Rule::Endpoint => endpoint::check(findings, path, value),
             Rule::Proxy => endpoint::check_proxy(findings, path, value),
             Rule::Boolean => check_boolean(findings, path, value),
-            Rule::Integer(least, is_time) => check_integer(findings, path, value, *least, *is_time),
+            Rule::Integer(range) => check_integer(findings, path, value, range),
             Rule::ErlangOptions(known) => check_erlang(findings, path, value, known),
             Rule::Cancel => check_cancel(findings, path, value),
             Rule::CreateTargetParams => check_create_target_params(findings, path, value),
@@ -146,14 +164,17 @@ fn check_boolean(findings: &mut Findings, path: &str, value: &Value) {
 }
 
 /// `couch_util:to_integer/1` takes strings, too; no float.
-fn check_integer(findings: &mut Findings, path: &str, value: &Value, least: i64, is_time: bool) {
+fn check_integer(findings: &mut Findings, path: &str, value: &Value, range: &Range) {
+    let Range { least, is_time, forgives } = *range;
     let number = value.as_i64().or_else(|| value.as_str().and_then(|text| text.parse().ok()));
     let what = if is_time { "a whole number of milliseconds" } else { "a whole number" };
     let expected = format!("{what}, {least} or more");
     match number {
         Some(number) if number < least => {
             let remedy = "write a larger one, or leave it out for the server's own";
-            findings.error(path, format!("expected {expected}, got `{number}`"), remedy);
+            let is_forgiven = forgives.is_some_and(|since| findings.version >= since);
+            let severity = if is_forgiven { Severity::Warning } else { Severity::Error };
+            findings.say(severity, path, format!("expected {expected}, got `{number}`"), remedy);
         }
         Some(number) if is_time && number < MILLISECONDS_USUAL => {
             let message = format!("is in milliseconds: `{number}` is less than a second");
@@ -199,19 +220,25 @@ fn check_erlang(findings: &mut Findings, path: &str, value: &Value, known: &[&st
                     continue;
                 }
             },
-            _ if keeps_known => {
+            _ => {
+                let severity = if keeps_known { Severity::Error } else { Severity::Warning };
                 let message = format!("option {nth}: expected a pair `{{name, value}}`, got something else");
-                findings.error(path, message, example);
+                findings.say(severity, path, message, example);
                 continue;
             }
-            _ => continue,
         };
         if known.contains(&name) {
             check_option(findings, path, nth, name, value);
-        } else if keeps_known {
-            let message = format!("option {nth} is left out: CouchDB takes `{}`", known.join("`, `"));
+        } else {
+            let message = match keeps_known {
+                true => format!("option {nth} is left out: CouchDB takes `{}`", known.join("`, `")),
+                false => format!(
+                    "option {nth} goes to Erlang as it is; one that it does not know lets nothing connect"
+                ),
+            };
             let remedy = match nearest_of(name, known.iter().copied(), 1) {
                 Some(near) => format!("did you mean `{near}`?"),
+                None if !keeps_known => "take it away unless Erlang's `inet` has it".to_owned(),
                 None => "take it away, or let it through in CouchDB's configuration, section `[replicator]`"
                     .to_owned(),
             };
@@ -225,7 +252,7 @@ fn check_option(findings: &mut Findings, path: &str, nth: usize, name: &str, val
     let (fits, expected) = match value {
         term::Term::Atom(word) if is_flag => (word == "true" || word == "false", "`true` or `false`"),
         _ if is_flag => (false, "`true` or `false`"),
-        value => (*value == term::Term::Number, "a number"),
+        value => (*value == term::Term::Integer, "a whole number"),
     };
     if !fits {
         let message = format!("option {nth}, `{name}`: expected {expected}, got something else");
@@ -339,9 +366,8 @@ fn check_since_seq(findings: &mut Findings, path: &str, value: &Value) {
         "write it as `_changes` gives it: a number from CouchDB 1.x, a string from later ones";
     match value {
         Value::String(text) if !text.is_empty() => {}
-        Value::Array(_) => {}
         Value::Number(number) if number.is_u64() => {}
-        Value::Object(_) => findings.warning(path, format!("expected {EXPECTED}, got an object"), REMEDY),
+        Value::Array(_) => findings.warning(path, "is one of BigCouch alone; CouchDB refuses it", REMEDY),
         other => findings.wrong(path, EXPECTED, other, REMEDY),
     }
 }
@@ -367,13 +393,18 @@ fn check_user_ctx(findings: &mut Findings, path: &str, value: &Value) {
     }
     let roles = match user.get("roles") {
         None => return,
-        Some(Value::Array(roles)) if roles.iter().all(Value::is_string) => roles,
+        Some(Value::Array(roles)) => roles,
         Some(other) => {
-            let found = if other.is_array() { "an array with something else" } else { kind(other) };
-            let message = format!("expected an array of strings, got {found}");
+            // `null` passes everywhere.
+            let severity = if other.is_null() { Severity::Warning } else { severity };
+            let message = format!("expected an array of strings, got {}", kind(other));
             return findings.say(severity, format!("{path}.roles"), message, "write `[\"role\"]`");
         }
     };
+    if !roles.iter().all(Value::is_string) {
+        let message = "expected an array of strings, got an array with something else";
+        findings.warning(format!("{path}.roles"), message, "write `[\"role\"]`");
+    }
     if roles.iter().any(|role| role == "_admin") {
         let (message, remedy) = match findings.version.is_at_least(3, 0) {
             true => ("`_admin` has no effect: 3.0 and later have no local endpoints", "take it away"),
@@ -391,6 +422,12 @@ pub(crate) fn check_together(findings: &mut Findings, members: &Map<String, Valu
     check_one_filter(findings, members);
     check_view(findings, members);
     check_creation(findings, members);
+    let has_id = members.contains_key("id") || members.contains_key("replication_id");
+    if members.get("cancel") == Some(&Value::Bool(true)) && has_id && findings.version.is_at_least(3, 0) {
+        // Seen on 3.5.0.
+        let message = "with an id beside it CouchDB starts no replication any more, whatever its document";
+        findings.error("cancel", message, "delete the document, then restart CouchDB");
+    }
     if findings.version.is_at_least(3, 0) && is_set(members, "proxy") {
         for other in ["source_proxy", "target_proxy"].into_iter().filter(|other| is_set(members, other)) {
             let message = format!("expected either `proxy` or `{other}`, got both");

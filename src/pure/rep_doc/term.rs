@@ -11,7 +11,8 @@ const DEPTH_MAX: usize = 16;
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum Term {
     Atom(String),
-    Number,
+    Integer,
+    Float,
     Text,
     List(Vec<Term>),
     Tuple(Vec<Term>),
@@ -36,12 +37,15 @@ struct Reader<'a> {
 }
 
 impl Reader<'_> {
-    /// Blanks, and comments from `%` to the end of the line.
+    /// Blanks, and comments from `%` to the end of the line; one that ends with the text stays, since CouchDB puts a
+    /// full stop behind the text.
     fn skip_blanks(&mut self) {
         loop {
             self.rest = self.rest.trim_start();
-            let Some(comment) = self.rest.strip_prefix('%') else { return };
-            self.rest = comment.split_once('\n').map_or("", |(_, rest)| rest);
+            match self.rest.strip_prefix('%').and_then(|comment| comment.split_once('\n')) {
+                Some((_, rest)) => self.rest = rest,
+                None => return,
+            }
         }
     }
 
@@ -127,7 +131,8 @@ impl Reader<'_> {
         let sign = usize::from(self.rest.starts_with(['-', '+']));
         self.rest = &self.rest[sign..];
         match self.word(|c| c.is_ascii_alphanumeric() || "._#".contains(c)) {
-            word if word.starts_with(|c: char| c.is_ascii_digit()) => Ok(Term::Number),
+            word if word.starts_with(|c: char| c.is_ascii_digit()) && word.contains('.') => Ok(Term::Float),
+            word if word.starts_with(|c: char| c.is_ascii_digit()) => Ok(Term::Integer),
             _ => Err("one with a sign without a number"),
         }
     }

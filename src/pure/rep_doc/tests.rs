@@ -52,7 +52,7 @@ fn what_couchdb_uses_is_fine() {
     }
     let numbers = json!({"worker_processes": "4", "worker_batch_size": 500, "http_connections": 20,
         "connection_timeout": 30000, "retries_per_request": 0, "since_seq": 12,
-        "socket_options": "[{keepalive, true}, {nodelay,false}, inet6] % all of it"});
+        "socket_options": "[{keepalive, true}, {nodelay,false}] % all of it\n"});
     fine("1.2", numbers.clone());
     fine("3.2.3", numbers);
     fine("1.6", json!({"use_checkpoints": false, "checkpoint_interval": 5000}));
@@ -162,16 +162,16 @@ fn types_and_ranges() {
             "retries_per_request": -1, "checkpoint_interval": 1.5, "use_checkpoints": "false", "use_bulk_get": 1,
             "winning_revs_only": null, "create_target": "true", "since_seq": false}),
         expect![[r#"
-            ! checkpoint_interval: expected a whole number of milliseconds, 0 or more, got `1.5`; write digits alone, as in 30000
+            ! checkpoint_interval: expected a whole number of milliseconds, 0 or more, got `1.5`; write digits alone, and no point
             ? connection_timeout: is in milliseconds: `30` is less than a second; write 30000 for 30 s
             ! create_target: expected `true` or `false`, got the string `"true"`; write it without quotes
-            ! http_connections: expected a whole number, 1 or more, got a string; write digits alone, as in 30000
-            ! retries_per_request: expected a whole number, 0 or more, got `-1`; write a larger one, or leave it out for the server's own
+            ! http_connections: expected a whole number, 1 or more, got a string; write digits alone, and no point
+            ? retries_per_request: expected a whole number, 0 or more, got `-1`; write a larger one, or leave it out for the server's own
             ! since_seq: expected a `seq` of the source's `_changes`, got `false`; write it as `_changes` gives it: a number from CouchDB 1.x, a string from later ones
             ! use_bulk_get: expected `true` or `false`, got `1`; write `true` or `false`, without quotes
             ! use_checkpoints: expected `true` or `false`, got the string `"false"`; write it without quotes
             ! winning_revs_only: expected `true` or `false`, got `null`; write `true` or `false`, without quotes
-            ! worker_batch_size: expected a whole number, 1 or more, got `-5`; write a larger one, or leave it out for the server's own
+            ? worker_batch_size: expected a whole number, 1 or more, got `-5`; write a larger one, or leave it out for the server's own
             ! worker_processes: expected a whole number, 1 or more, got `0`; write a larger one, or leave it out for the server's own
         "#]],
     );
@@ -181,7 +181,7 @@ fn types_and_ranges() {
             "create_target_params": {"q": 0, "n": [], "partioned": true, "partitioned": 5, "placement": 1, "deep": {}}}),
         expect![[r#"
             ! checkpoint_interval: expected a whole number of milliseconds, 0 or more, got `-1`; write a larger one, or leave it out for the server's own
-            ! connection_timeout: expected a whole number of milliseconds, 1 or more, got `true`; write digits alone, as in 30000
+            ! connection_timeout: expected a whole number of milliseconds, 1 or more, got `true`; write digits alone, and no point
             ! continuous: expected `true` or `false`, got an array; write `true` or `false`, without quotes
             ? create_target_params: has no effect without `"create_target": true`; add it, or take the parameters away
             ! create_target_params.deep: expected a value that fits into a query, got an object; take it away
@@ -197,10 +197,10 @@ fn types_and_ranges() {
         "3.5.0",
         json!({"since_seq": {}, "create_target_params": 5, "cancel": true}),
         expect![[r#"
-        ! cancel: it cancels a replication only at `_replicate`; a document with it starts one all the same, or fails; delete the document to cancel its replication
-        ! create_target_params: expected an object, got `5`; write `{"q": 8}`
-        ? since_seq: expected a `seq` of the source's `_changes`, got an object; write it as `_changes` gives it: a number from CouchDB 1.x, a string from later ones
-    "#]],
+            ! cancel: it cancels a replication only at `_replicate`; a document with it starts one all the same, or fails; delete the document to cancel its replication
+            ! create_target_params: expected an object, got `5`; write `{"q": 8}`
+            ! since_seq: expected a `seq` of the source's `_changes`, got an object; write it as `_changes` gives it: a number from CouchDB 1.x, a string from later ones
+        "#]],
     );
     check(
         "3.5.0",
@@ -220,8 +220,8 @@ fn options_of_sockets_are_erlang() {
         json!({"socket_options": "[{keepalive, true}, {nodely, false}, {potato, 1}, inet6]"}),
         expect![[r#"
             ! socket_options: option 4: expected a pair `{name, value}`, got something else; write `"[{keepalive, true}, {nodelay, false}]"`
-            ? socket_options: option 2 is left out: expected one of `buffer`, `keepalive`, `nodelay`, `priority`, `recbuf`, `sndbuf`; did you mean `nodelay`?
-            ? socket_options: option 3 is left out: expected one of `buffer`, `keepalive`, `nodelay`, `priority`, `recbuf`, `sndbuf`; take it away, or name it in `[replicator] valid_socket_options`
+            ? socket_options: option 2 is left out: CouchDB takes `buffer`, `keepalive`, `nodelay`, `priority`, `recbuf`, `sndbuf`; did you mean `nodelay`?
+            ? socket_options: option 3 is left out: CouchDB takes `buffer`, `keepalive`, `nodelay`, `priority`, `recbuf`, `sndbuf`; take it away, or let it through in CouchDB's configuration, section `[replicator]`
         "#]],
     );
     check(
@@ -229,8 +229,9 @@ fn options_of_sockets_are_erlang() {
         json!({"socket_options": "[{keepalive, yes}, {sndbuf, big}, {\"a\", 1}, {potato, 1}]"}),
         expect![[r#"
             ! socket_options: option 1, `keepalive`: expected `true` or `false`, got something else; no connection can be opened with it
-            ! socket_options: option 2, `sndbuf`: expected a number, got something else; no connection can be opened with it
+            ! socket_options: option 2, `sndbuf`: expected a whole number, got something else; no connection can be opened with it
             ! socket_options: option 3: expected a name in front, got something else; write `"[{keepalive, true}, {nodelay, false}]"`
+            ? socket_options: option 4 goes to Erlang as it is; one that it does not know lets nothing connect; take it away unless Erlang's `inet` has it
         "#]],
     );
     check(
@@ -244,8 +245,8 @@ fn options_of_sockets_are_erlang() {
         "3.5.0",
         json!({"ibrowse_options": "[{prefer_ipv4, true}]"}),
         expect![[r#"
-        ? ibrowse_options: option 1 is left out: expected one of `prefer_ipv6`; did you mean `prefer_ipv6`?
-    "#]],
+            ? ibrowse_options: option 1 is left out: CouchDB takes `prefer_ipv6`; did you mean `prefer_ipv6`?
+        "#]],
     );
     let term = |text: &str, expected: &str| {
         let found = match term::parse(text) {
@@ -256,9 +257,9 @@ fn options_of_sockets_are_erlang() {
     };
     term(
         " [ {a, -1.5e3}, 'B c', [], {} ] ",
-        r#"List([Tuple([Atom("a"), Number]), Atom("B c"), List([]), Tuple([])])"#,
+        r#"List([Tuple([Atom("a"), Float]), Atom("B c"), List([]), Tuple([])])"#,
     );
-    term(r#"["x\"y", <<"b">>, <<>>, 16#ff]"#, "List([Text, Text, Text, Number])");
+    term(r#"["x\"y", <<"b">>, <<>>, 16#ff]"#, "List([Text, Text, Text, Integer])");
     term("[{keepalive, true}", "one that ends too early");
     term("[{keepalive true}]", "one with a comma or a bracket missing");
     term("[{keepalive: true}]", "one with `:` or `=` between name and value");
@@ -267,6 +268,8 @@ fn options_of_sockets_are_erlang() {
     term("[{Keepalive, true}]", "one with a word that does not begin in lower case");
     term("[{'a, true}]", "one with a quote that has no end");
     term("", "one that ends too early");
+    term("[] % all", "one with something behind it");
+    term("[ % all\n 1]", "List([Integer])");
     term("[-]", "one with a sign without a number");
     term(&"[".repeat(50), "one with too many brackets");
 }
@@ -435,9 +438,9 @@ fn endpoints() {
         "3.5.0",
         json!({"source": "HTTP://h/a", "target": ["http://h/a"]}),
         expect![[r#"
-        ! source: expected a URL that begins with `http://` or `https://`, got one in upper case; replications speak HTTP alone
-        ! target: expected a URL, or an object with `url`, got an array; write `"http://HOST:5984/DATABASE"`
-    "#]],
+            ! source: expected a URL that begins with `http://` or `https://`, got one in upper case; write the scheme in lower case
+            ! target: expected a URL, or an object with `url`, got an array; write `"http://HOST:5984/DATABASE"`
+        "#]],
     );
     check(
         "3.5.0",
@@ -451,17 +454,17 @@ fn endpoints() {
         "3.5.0",
         json!({"source": "http://h", "target": "http://[::1]:5984/a b?x=1"}),
         expect![[r#"
-        ? source: names no database: CouchDB would ask the server's root for one; write the database's name behind the host, unless the host stands for one
-        ? target: holds something that no URL can hold, or has it in a wrong place; percent-encode blanks, letters beyond ASCII, `#`, `@` and the like
-    "#]],
+            ? source: names no database: CouchDB would ask the server's root for one; write the database's name behind the host, unless the host stands for one
+            ! target: holds something that no URL can hold, or has it in a wrong place; percent-encode blanks, letters beyond ASCII, `@`, `|` and the like
+        "#]],
     );
     check(
         "3.5.0",
         json!({"source": "http://h/a?x=1", "target": {"url": "orders", "usernme": 1}}),
         expect![[r#"
-            ? source: has a query: CouchDB appends its own paths behind it; take the `?` and what follows away, unless the endpoint wants it so
+            ? source: has a query: CouchDB appends its own paths behind it, and a CouchDB there answers with nothing; take the `?` and what follows away, unless the endpoint wants it so
             ! target.url: expected a URL that begins with `http://` or `https://`, got one without a scheme; write `"http://HOST:5984/DATABASE"`
-            ? target.usernme: CouchDB does not know it in an endpoint and ignores it; take it away
+            ! target.usernme: CouchDB does not know it in an endpoint and ignores it; write `"auth": {"basic": {"username": …, "password": …}}`
         "#]],
     );
     check(
@@ -509,7 +512,7 @@ fn endpoints() {
         json!({"create_target": true, "create_target_params": {"q": 1}, "target": "http://h/a?q=8"}),
         expect![[r#"
             ! create_target_params: the target's URL has a `?` already: the parameters would follow a second one; take the query out of the target's URL
-            ? target: has a query: CouchDB appends its own paths behind it; take the `?` and what follows away, unless the endpoint wants it so
+            ? target: has a query: CouchDB appends its own paths behind it, and a CouchDB there answers with nothing; take the `?` and what follows away, unless the endpoint wants it so
         "#]],
     );
     check(
@@ -543,9 +546,9 @@ fn logins_are_warned_about() {
         "3.5.0",
         json!({"source": "https://u:p@h/a", "proxy": "http://u:p@proxy"}),
         expect![[r#"
-        ? proxy: holds a password in clear, which error texts may repeat; `auth.basic` keeps it out of URLs in logs and errors; use a login that may do just what this replication needs, and let admins alone read the database
-        ? source: holds a password in clear, which error texts may repeat; `auth.basic` keeps it out of URLs in logs and errors; use a login that may do just what this replication needs, and let admins alone read the database
-    "#]],
+            ? proxy: holds a password in clear, which error texts may repeat; use a login that may do just what this replication needs, and let admins alone read the database
+            ? source: holds a password in clear, which error texts may repeat; `auth.basic` keeps it out of URLs in logs and errors; use a login that may do just what this replication needs, and let admins alone read the database
+        "#]],
     );
     check(
         "3.1.2",
@@ -612,9 +615,9 @@ fn logins_are_warned_about() {
         "3.2.3",
         json!({"user_ctx": {"name": 5, "roles": [5]}}),
         expect![[r#"
-        ! user_ctx.name: expected a name that is not empty, or `null`, got `5`; write the user's name
-        ! user_ctx.roles: expected an array of strings, got an array with something else; write `["role"]`
-    "#]],
+            ! user_ctx.name: expected a name that is not empty, or `null`, got `5`; write the user's name
+            ? user_ctx.roles: expected an array of strings, got an array with something else; write `["role"]`
+        "#]],
     );
     check(
         "3.5.0",
@@ -654,8 +657,8 @@ fn a_state_that_was_left_in_is_found_before_it_is_saved() {
         "2.1",
         json!({"_replication_state": 5}),
         expect![[r#"
-        ! _replication_state: is no state that CouchDB writes: it fails at every look at the document; take all `_replication_*` members away before the document is saved
-    "#]],
+            ! _replication_state: is no state that CouchDB writes: with it no replication is started any more, whatever its document; take all `_replication_*` members away before the document is saved
+        "#]],
     );
 }
 
@@ -675,8 +678,8 @@ fn a_state_that_couchdb_wrote_is_fine_and_another_is_found() {
         "1.7.1",
         failed,
         expect![[r#"
-        ! _replication_state: `failed` is a state of 2.1 and later: CouchDB 1.x fails at it; save the document without its `_replication_*` members; CouchDB starts it then
-    "#]],
+            ! _replication_state: `failed` is a state of 2.1 and later: older ones fail at it; save the document without its `_replication_*` members; CouchDB starts it then
+        "#]],
     );
     stored(
         "3.5.0",
@@ -711,15 +714,15 @@ fn a_state_that_couchdb_wrote_is_fine_and_another_is_found() {
         "3.5.0",
         json!({"_replication_state": "running"}),
         expect![[r#"
-        ! _replication_state: expected one of `triggered`, `completed`, `error`, `failed`, got another word: CouchDB fails at every look at it; save the document without its `_replication_*` members; CouchDB starts it then
-    "#]],
+            ! _replication_state: expected one of `triggered`, `completed`, `error`, `failed`, got another word; it is no state that CouchDB writes: with it no replication is started any more, whatever its document; save the document without its `_replication_*` members, then restart CouchDB
+        "#]],
     );
     stored(
         "1.7.1",
         json!({"_replication_state": null}),
         expect![[r#"
-        ! _replication_state: expected one of `triggered`, `completed`, `error`, got `null`: CouchDB fails at every look at it; save the document without its `_replication_*` members; CouchDB starts it then
-    "#]],
+            ! _replication_state: expected one of `triggered`, `completed`, `error`, got `null`; it is no state that CouchDB writes: it fails at every look at the document; save the document without its `_replication_*` members; CouchDB starts it then
+        "#]],
     );
     stored(
         "1.7.1",
@@ -848,8 +851,8 @@ fn a_text_holds_one_document_or_several() {
     check(
         "\u{feff}{\"a\":1}\n",
         expect![[r#"
-         {"a":1}
-    "#]],
+             {"a":1}
+        "#]],
     );
     check(
         "[{\"a\":1}, 5]",
@@ -867,8 +870,8 @@ fn a_text_holds_one_document_or_several() {
     check(
         "{\"docs\":5}",
         expect![[r#"
-         {"docs":5}
-    "#]],
+             {"docs":5}
+        "#]],
     );
     check("[]", expect![[""]]);
     check(
