@@ -213,7 +213,7 @@ pub const KEYS: &[Key] = &[
         "events",
         Kind::Events,
         "document.*",
-        "Event types: `document.updated`, `document.deleted`; with `watch = daemon` all of `docs/events.md`, default `*`.",
+        "Event types: `document.updated`, `document.deleted`, with `conflicts` also `document.conflicted`, `document.resolved`; with `watch = daemon` all of `docs/events.md`, default `*`.",
     ),
     optional(webhook(
         "selector",
@@ -236,7 +236,18 @@ pub const KEYS: &[Key] = &[
         "Only documents that this view's map emits.",
     )),
     webhook("include_docs", Kind::Flag, "true", "Whether the document goes into the payload."),
-    webhook("conflicts", Kind::Flag, "false", "Whether a new conflict is told, and conflicts are listed."),
+    webhook(
+        "conflicts",
+        Kind::Flag,
+        "false",
+        "Whether conflicts are told (`document.conflicted`, `document.resolved`) and listed.",
+    ),
+    webhook(
+        "conflict_docs",
+        Kind::Flag,
+        "false",
+        "Whether the bodies of conflicting leaves go into the payload, too; needs `conflicts = true`.",
+    ),
     webhook("design_docs", Kind::Flag, "false", "Whether design documents are told."),
     optional(webhook(
         "secret",

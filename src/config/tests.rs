@@ -130,6 +130,7 @@ fn defaults_are_those_of_the_table() {
                     filter: None,
                     include_docs: true,
                     conflicts: false,
+                    conflict_docs: false,
                     design_docs: false,
                     secrets: [],
                     headers: [],
@@ -441,9 +442,9 @@ fn faults_of_a_webhook_are_said() {
             "events = document.created"
                 events: there is no `document.created`: CouchDB cannot know whether a document is new; write `document.updated`
             "events = documents.*"
-                events: expected `document.updated`, `document.deleted` or a pattern such as `document.*`, got `documents.*`
+                events: expected `document.updated`, `document.deleted`, `document.conflicted`, `document.resolved` or a pattern such as `document.*`, got `documents.*`
             "events = replication.failed"
-                events: expected `document.updated`, `document.deleted` or a pattern such as `document.*`, got `replication.failed`
+                events: expected `document.updated`, `document.deleted`, `document.conflicted`, `document.resolved` or a pattern such as `document.*`, got `replication.failed`
             "events = *.deleted, *"
                 fine
             "selector = [1]"

@@ -10,6 +10,7 @@ mod commands;
 mod commands_letters;
 mod commands_look;
 mod configuring;
+mod conflicts;
 mod couch;
 mod docs;
 mod ending;

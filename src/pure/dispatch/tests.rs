@@ -25,6 +25,7 @@ fn event(doc_id: &str, rev: &str) -> Event {
         events: vec!["document.*".into()],
         include_docs: false,
         conflicts: false,
+        conflict_docs: false,
         design_docs: false,
         payload_bytes_max: 1 << 20,
         format: Format::Standard,
@@ -60,8 +61,14 @@ impl World {
         let (attempts, ends, deleted) = (Vec::new(), Vec::new(), Vec::new());
         let mut world = World { dispatch, now, attempts, ends, deleted, unreadable: false };
         world.poll();
-        let opened =
-            Opened { mark: "mark".into(), checkpoint: None, rev: None, recreated: false, doc_count: 0 };
+        let opened = Opened {
+            mark: "mark".into(),
+            checkpoint: None,
+            rev: None,
+            recreated: false,
+            doc_count: 0,
+            conflicted: None,
+        };
         world.dispatch.on_opened(FLOW, opened);
         world.poll();
         world
@@ -97,7 +104,8 @@ impl World {
     }
 
     fn ask(&mut self, doc_id: &str) {
-        let letter = SuspectLetter { id: event(doc_id, "1-a").id, doc_id: doc_id.into() };
+        let id = event(doc_id, "1-a").id;
+        let letter = SuspectLetter { id, doc_id: doc_id.into(), resolved: None };
         self.dispatch.ask_replay(FLOW, letter, Asked { even_if_superseded: false }, self.now);
         self.poll();
     }
