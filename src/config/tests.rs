@@ -356,6 +356,11 @@ fn faults_of_a_webhook_are_said() {
             "events = documents.*",
             "events = replication.failed",
             "events = *.deleted, *",
+            "events = document.resolved",
+            "events = document.resolved\nconflicts = true",
+            "conflict_docs = true",
+            "conflicts = true\nconflict_docs = true\nformat = raw",
+            "conflicts = true\nconflict_docs = true",
             "selector = [1]",
             "selector = {type: order}",
             "selector = {\"name\": \"a ;c4n4ry\"}",
@@ -446,6 +451,16 @@ fn faults_of_a_webhook_are_said() {
             "events = replication.failed"
                 events: expected `document.updated`, `document.deleted`, `document.conflicted`, `document.resolved` or a pattern such as `document.*`, got `replication.failed`
             "events = *.deleted, *"
+                fine
+            "events = document.resolved"
+                events: `document.resolved` is told only with `conflicts = true`; write that line, too
+            "events = document.resolved\nconflicts = true"
+                fine
+            "conflict_docs = true"
+                conflict_docs: has a meaning only with `conflicts = true`; write that line, too, or delete this one
+            "conflicts = true\nconflict_docs = true\nformat = raw"
+                conflict_docs: a request with `format = raw` or `format = slack` holds no leaves; choose another format, or delete this line
+            "conflicts = true\nconflict_docs = true"
                 fine
             "selector = [1]"
                 selector: expected a JSON object such as `{"type": "order"}`, got an array
