@@ -11,6 +11,7 @@ mod commands_letters;
 mod commands_look;
 mod commands_replications;
 mod configuring;
+mod conflicts;
 mod couch;
 mod docs;
 mod ending;

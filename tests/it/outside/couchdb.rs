@@ -296,3 +296,52 @@ fn what_commands_ask_for_is_done() {
     real.wait_for_all(&receiver, &told, &daemon);
     assert!(desk.done(&["dead-letters", "list"]).contains("no dead letters"), "its letter is gone");
 }
+
+#[test]
+fn a_conflict_is_told_with_its_leaves_and_so_is_its_end() {
+    let Some(real) = Real::start("conflicts") else { return };
+    let receiver = receiver_with(|options| options.keep_bodies = true);
+    let loser = "1-00000000000000000000000000000001";
+    let rev = real.put("a", r#"{"n":1.0}"#, None);
+    let mut daemon = real.daemon(&receiver, "conflicts = true\nconflict_docs = true");
+    let told = |n: usize, daemon: &Daemon| {
+        assert!(receiver.wait_until(WAIT_MAX, |record| record.n_accepted() >= n), "{}", daemon.transcript());
+        receiver.look(|record| {
+            let last = record.deliveries().iter().rfind(|one| one.accepted()).unwrap();
+            (last.webhook_id.clone(), serde_json::from_slice::<Value>(&last.body).unwrap())
+        })
+    };
+    let (first, event) = told(1, &daemon);
+    assert_eq!(event["type"], "document.updated");
+    let fork = json!({"new_edits": false, "docs": [{"_id": "a", "_rev": loser, "n": 2}]}).to_string();
+    let reply = real.ask("POST", &format!("/{}/_bulk_docs", real.db), &fork);
+    assert!((200..300).contains(&reply.status), "{reply:?}");
+    let (second, event) = told(2, &daemon);
+    println!("{event}");
+    assert_eq!(event["type"], "document.conflicted");
+    assert_eq!((&event["data"]["rev"], &event["data"]["conflicts"]), (&json!(rev), &json!([loser])));
+    assert_eq!(event["data"]["conflict_docs"], json!([{"_id": "a", "_rev": loser, "n": 2}]));
+    // What ends it comes while we are down.
+    daemon.kill();
+    let reply = real.ask("DELETE", &format!("/{}/a?rev={loser}", real.db), "");
+    assert!((200..300).contains(&reply.status), "{reply:?}");
+    let before = receiver.look(|record| record.n_accepted());
+    daemon.start_again();
+    let resolved = |record: &couch_hookd::standin::record::Record| {
+        record
+            .deliveries()
+            .iter()
+            .any(|one| one.event().is_some_and(|one| one.event_type == "document.resolved"))
+    };
+    assert!(receiver.wait_until(WAIT_MAX, resolved), "{}", daemon.transcript());
+    let (third, event) = told(before + 1, &daemon);
+    println!("{event}");
+    assert_eq!((&event["data"]["rev"], &event["data"]["conflicts"]), (&json!(rev), &json!([])));
+    assert!(third != first && third != second, "{third}");
+    let until = sys::now() + WAIT_MAX;
+    let path = format!("/{}/_all_docs", real.state_db);
+    while real.ask("GET", &path, "").body.contains("\"conflict:") {
+        assert!(sys::now() < until, "it is still listed\n{}", daemon.transcript());
+        sys::sleep(Duration::from_millis(100));
+    }
+}
