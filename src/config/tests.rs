@@ -467,7 +467,7 @@ fn faults_of_a_webhook_are_said() {
             "conflict_docs = true"
                 conflict_docs: has a meaning only with `conflicts = true`; write that line, too, or delete this one
             "conflicts = true\nconflict_docs = true\nformat = raw"
-                conflict_docs: a request with `format = raw` or `format = slack` holds no leaves; choose another format, or delete this line
+                hookd.ini:5: [hookd.webhook.orders] conflict_docs: a request with `format = raw` or `format = slack` holds no leaves; choose another format, or delete this line
             "conflicts = true\nconflict_docs = true"
                 fine
             "selector = [1]"

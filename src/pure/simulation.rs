@@ -467,6 +467,8 @@ impl World {
                 update.others.sort();
             }
         }
+        // Who wins deleted wins over deleted ones alone.
+        update.deleted &= update.others.is_empty();
         match old.iter().any(|old| old.revs() == update.revs()) {
             true => self.flipped.insert((flow, doc)),
             false => self.flipped.remove(&(flow, doc)),

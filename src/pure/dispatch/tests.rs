@@ -113,6 +113,9 @@ impl World {
                     }
                     Action::Replayed(id, end) => self.ends.push((id, end)),
                     Action::DeleteLetter(id) => self.deleted.push(id),
+                    Action::LookUp(attempt) => {
+                        self.dispatch.on_looked_up(attempt.token, Some(false), self.now);
+                    }
                     Action::Keep(attempt, owed) => self.keeps.push((attempt, owed)),
                     _ => {}
                 }
