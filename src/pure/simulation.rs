@@ -1290,8 +1290,8 @@ fn shares(seen: Seen) -> [(&'static str, bool, u8); 17] {
         ("a crash with a batch in flight", seen.batch_crash, 5),
         ("a letter sent again", seen.replayed, 5),
         ("a letter discarded", seen.discarded, 5),
-        ("a conflict resolved", seen.resolved, 20),
-        ("one that was not told, or not all else", seen.resolved_unwanted, 10),
-        ("a crash while it is forgotten", seen.crash_before_forgotten, 1),
+        ("a conflict resolved", seen.resolved, 5),
+        ("one that was not told, or not all else", seen.resolved_unwanted, 1),
+        ("a crash while it is forgotten", seen.crash_before_forgotten, 0),
     ]
 }
