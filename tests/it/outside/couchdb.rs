@@ -20,19 +20,20 @@ const WAIT_MAX: Duration = Duration::from_secs(40);
 const RECREATED: &str = "database.recreated";
 
 /// A real server and a database of a test's own.
-struct Real {
+pub(super) struct Real {
     /// With login.
-    url: String,
-    base: String,
+    pub(super) url: String,
+    /// Without.
+    pub(super) base: String,
     login: String,
-    db: String,
+    pub(super) db: String,
     state_db: String,
     /// Whether it knows selectors.
     selects: bool,
 }
 
 impl Real {
-    fn start(name: &str) -> Option<Real> {
+    pub(super) fn start(name: &str) -> Option<Real> {
         let Ok(url) = std::env::var("COUCHDB_URL") else {
             eprintln!("skipped: real CouchDB (COUCHDB_URL is not set)");
             return None;
@@ -53,7 +54,7 @@ impl Real {
         Some(real)
     }
 
-    fn ask(&self, method: &str, path: &str, body: &str) -> Reply {
+    pub(super) fn ask(&self, method: &str, path: &str, body: &str) -> Reply {
         let headers = [
             ("Authorization", self.login.as_str()),
             ("Content-Type", "application/json"),
@@ -89,7 +90,7 @@ impl Real {
     }
 
     /// Writes many new documents at once.
-    fn put_all(&self, docs: &[Value]) {
+    pub(super) fn put_all(&self, docs: &[Value]) {
         let body = json!({ "docs": docs }).to_string();
         let reply = self.ask("POST", &format!("/{}/_bulk_docs", self.db), &body);
         assert!((200..300).contains(&reply.status), "{reply:?}");
@@ -114,7 +115,7 @@ impl Real {
         }
     }
 
-    fn ini(&self) -> Ini {
+    pub(super) fn ini(&self) -> Ini {
         Ini::new(&self.url).hookd(&format!("state_db = {}\ncheckpoint_interval = 1s", self.state_db))
     }
 
