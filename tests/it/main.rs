@@ -5,6 +5,7 @@
 mod about;
 mod bad_input;
 mod batches;
+mod canaries;
 mod cli;
 mod commands;
 mod commands_letters;
