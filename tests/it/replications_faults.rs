@@ -88,7 +88,7 @@ fn a_stop_in_the_middle_of_a_look_loses_nothing() {
     }
     ids.iter().for_each(|id| wait(&receiver, &daemon, id, &["running"]));
     let n_jobs = couch.n_requests("/_scheduler/jobs/");
-    fault(&couch, "GET /_scheduler/jobs/", FaultKind::Late(Duration::from_millis(300)));
+    fault(&couch, "GET /_scheduler/jobs/", FaultKind::Late(Duration::from_secs(1)));
     for id in ids {
         couch.replicate(DB, id, Replication::failing(Crashing, REFUSED, 1)).unwrap();
     }
@@ -102,7 +102,7 @@ fn a_stop_in_the_middle_of_a_look_loses_nothing() {
     daemon.signal(Signal::SIGHUP);
     daemon.wait_for_log("is paused by its configuration");
     // Who looked sees it after the answer that it waits for.
-    let _ = couch.wait_until(Duration::from_secs(2), |seen| n_stored(seen) > before);
+    let _ = couch.wait_until(Duration::from_secs(3), |seen| n_stored(seen) > before);
     couch.quirks(|quirks| quirks.faults.clear());
     daemon.configure(&ini("").text());
     daemon.signal(Signal::SIGHUP);
