@@ -106,7 +106,7 @@ struct Seen {
     /// Polls in a row without it; counted for those without a document.
     n_missing: u32,
     /// When it was first seen as failed with its present end.
-    failed_since: Option<Instant>,
+    failed_since: Option<(Instant, Option<Timestamp>)>,
 }
 
 /// The machine.
@@ -288,10 +288,12 @@ impl Transitions {
         let due = |key: &&String| {
             let seen = &self.seen[*key];
             let known = self.buckets[bucket_of(key)].replications.get(*key);
-            seen.failed_since.is_some_and(|since| now >= since + after)
+            seen.failed_since.is_some_and(|(since, _)| now >= since + after)
                 && known.is_some_and(|known| {
                     let (n, last) = known.resubmitted.unwrap_or((0, None));
-                    known.state == Some(State::Failed) && n < n_max && (n == 0 || last != known.ended_at)
+                    // Without a time the next failure could not be told from this one.
+                    let is_another = known.ended_at.is_some() && (n == 0 || last != known.ended_at);
+                    known.state == Some(State::Failed) && n < n_max && is_another
                 })
         };
         let key = self.seen.keys().filter(|key| !key.starts_with(TRANSIENT)).filter(due).min()?.clone();
@@ -360,11 +362,16 @@ impl Transitions {
         }
     }
 
-    /// Stored events behind a number, in their order, at most `n_max`.
+    /// Stored events behind a number, in their order, at most `n_max`; none behind one that is not stored, or the
+    /// position would pass that one.
     pub fn events_after(&self, after: u64, n_max: usize) -> Vec<&Kept> {
-        let stored = self.buckets.iter().zip(&self.dirty).filter(|(_, dirty)| !**dirty);
-        let all = stored.flat_map(|(bucket, _)| &bucket.events);
-        let mut found: Vec<&Kept> = all.filter(|event| event.n > after).collect();
+        let of = |is_dirty: bool| {
+            let buckets = self.buckets.iter().zip(&self.dirty).filter(move |(_, dirty)| **dirty == is_dirty);
+            buckets.flat_map(|(bucket, _)| &bucket.events).filter(move |event| event.n > after)
+        };
+        let first_not_stored = of(true).map(|event| event.n).min();
+        let is_before = |event: &&Kept| first_not_stored.is_none_or(|first| event.n < first);
+        let mut found: Vec<&Kept> = of(false).filter(is_before).collect();
         found.sort_unstable_by_key(|event| event.n);
         found.truncate(n_max);
         found
@@ -393,8 +400,8 @@ impl Seen {
         }
         if row.state != State::Failed {
             self.failed_since = None;
-        } else {
-            self.failed_since.get_or_insert(now);
+        } else if self.failed_since.is_none_or(|(_, end)| end != row.last_updated) {
+            self.failed_since = Some((now, row.last_updated));
         }
     }
 

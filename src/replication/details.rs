@@ -87,6 +87,9 @@ impl Monitor {
         let (server, db) = (&self.looking.server, &self.looking.telling.db);
         let is_failed = |document: &Value| document["_replication_state"] == State::Failed.as_str();
         for key in self.opened().machine.resubmitted() {
+            if self.is_stopping().is_err() {
+                return;
+            }
             let place = format!("webhook `{}`, replication `{key}` of `{db}`", self.looking.telling.webhook);
             let saved = match scheduler::document(server, db, &key) {
                 // Somebody was first.

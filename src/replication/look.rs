@@ -64,9 +64,12 @@ impl Monitor {
             true => self.look_at_scheduler(),
             false => self.look_at_documents(),
         };
-        // What was seen before a page failed counts, but for the first look.
+        // What was seen before a page failed counts, but for the first look; when we are stopped, not everything that
+        // follows from a row is kept by then.
         match looked {
-            Err(error) if self.opened().machine.is_first_look() => return Err(error),
+            Err(error) if self.opened().machine.is_first_look() || error.kind() == Kind::Stopped => {
+                return Err(error);
+            }
             Err(error) => {
                 self.store()?;
                 return Err(error);
@@ -75,9 +78,10 @@ impl Monitor {
         }
         let gone = self.opened_mut().machine.end_poll();
         self.keep(gone.into_iter().map(News::of).collect())?;
-        while let Some(told) = self.opened_mut().machine.next_resubmission(sys::now()) {
-            self.keep(vec![News::of(told)])?;
-        }
+        let machine = &mut self.opened_mut().machine;
+        let due: Vec<News> =
+            std::iter::from_fn(|| machine.next_resubmission(sys::now())).map(News::of).collect();
+        self.keep(due)?;
         self.store()?;
         self.resubmit();
         Ok(())
@@ -110,12 +114,13 @@ impl Monitor {
         failure.map_or(Ok(()), Err)
     }
 
-    fn on_rows(&mut self, rows: Vec<Row>, runs: &mut Option<HashMap<String, Progress>>) -> Result<()> {
+    fn on_rows(&mut self, mut rows: Vec<Row>, runs: &mut Option<HashMap<String, Progress>>) -> Result<()> {
+        // First: when it cannot be had, nothing of these rows may be known yet.
+        for row in rows.iter_mut().filter(|row| row.state == State::Running && row.info == Info::None) {
+            self.add_progress(row, runs)?;
+        }
         let mut news = Vec::new();
-        for mut row in rows {
-            if row.state == State::Running && row.info == Info::None {
-                self.add_progress(&mut row, runs)?;
-            }
+        for row in rows {
             let key = row.doc_id.clone();
             let told = self.opened_mut().machine.on_row(&key, &row, sys::now());
             news.extend(told.into_iter().map(|told| News { row: Some(row.clone()), ..News::of(told) }));
@@ -174,9 +179,10 @@ impl Monitor {
                 break;
             }
         }
-        let opened = self.opened_mut();
-        let found = opened.found.take().unwrap_or_default();
-        let missing = opened.machine.known_keys().filter(|key| !found.contains(*key));
+        let opened = self.opened();
+        let found = opened.found.as_ref();
+        let is_found = |key: &str| found.is_some_and(|found| found.contains(key));
+        let missing = opened.machine.known_keys().filter(|key| !is_found(key));
         let missing: Vec<String> = missing.map(str::to_owned).collect();
         for key in missing {
             // The feed of a lagging node may not show it yet.
@@ -185,6 +191,7 @@ impl Monitor {
                 self.keep(gone.into_iter().map(News::of).collect())?;
             }
         }
+        self.opened_mut().found = None;
         Ok(())
     }
 

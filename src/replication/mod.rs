@@ -131,13 +131,12 @@ impl Monitor {
     /// Events behind a position that are stored, at most `limit`, and the position behind them.
     pub fn page(&self, since: &Seq, limit: usize) -> (Vec<Arrived>, Seq) {
         let machine = &self.opened().machine;
+        if machine.is_first_look() {
+            // Whoever stops here has not looked, or not at everything.
+            return (Vec::new(), position_now());
+        }
         let events = machine.events_after(number(since), limit);
-        let last = match events.last() {
-            Some(last) => seq(last.n),
-            // The first look is not done: whoever stops here has not looked.
-            None if machine.is_first_look() => position_now(),
-            None => seq(number(since)),
-        };
+        let last = events.last().map_or_else(|| seq(number(since)), |last| seq(last.n));
         let mark = machine.mark().to_string();
         let telling = &self.looking.telling;
         let arrived = |n, event| Arrived { seq: Some(seq(n)), event };
@@ -185,9 +184,10 @@ impl Monitor {
     /// One look, and what follows from it. One that fails by an answer 5xx is left for the next (CONTRACT §8).
     fn look_once(&mut self, feed: &mut Feed) -> Result<()> {
         let interval = self.looking.polling.interval;
+        let may_fail = self.may_fail();
         match self.look(feed) {
             Ok(()) => self.opened_mut().n_failed = 0,
-            Err(error) if error.kind() == Kind::Server && self.may_fail() => {
+            Err(error) if error.kind() == Kind::Server && may_fail => {
                 log::debug!("replications of `{}`: {error}; looking again", self.looking.telling.db);
             }
             Err(error) => return Err(error),
@@ -196,7 +196,8 @@ impl Monitor {
         Ok(())
     }
 
-    /// Whether this failure may be passed over: not at the first look, of which nothing is kept before all of it.
+    /// Whether a failure of the look that begins may be passed over: not at the first look, of which nothing is kept
+    /// before all of it is, nor before all documents were seen.
     fn may_fail(&mut self) -> bool {
         let opened = self.opened_mut();
         opened.n_failed += 1;

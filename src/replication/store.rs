@@ -3,6 +3,8 @@
 //! Guarantees that only documents which changed are written, with the `_rev` that was read, on 1.x to the disk before
 //! anything is told of them; and never into another database than the one that was looked at.
 
+use std::sync::atomic::Ordering;
+
 use http::Method;
 use serde::Deserialize;
 
@@ -80,6 +82,10 @@ impl Monitor {
             (index, db_path(&db, &["_local", &id]), body)
         });
         for (index, path, body) in dirty.collect::<Vec<_>>() {
+            // Whoever reads after us may have begun: 2.x and 3.x take what we write over what it wrote.
+            if self.looking.stopping.load(Ordering::SeqCst) {
+                return Err(Error::new(Kind::Stopped, "stopped"));
+            }
             let reply = server.request(&Method::PUT, &path, Some(&body), &[FULL_COMMIT])?;
             let written: Written = from_json(&reply.body).context(|| format!("PUT {path}"))?;
             opened.revs[index] = Some(written.rev);

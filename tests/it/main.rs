@@ -28,6 +28,7 @@ mod receiver;
 mod recreation;
 mod replications;
 mod replications_check;
+mod replications_faults;
 mod replications_kills;
 mod replications_many;
 mod secrets;

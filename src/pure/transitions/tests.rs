@@ -336,3 +336,37 @@ fn the_default_leaves_out_what_comes_and_goes() {
     assert_eq!(default_types().len(), 10);
     assert!(bucket_of("edge1") < BUCKETS);
 }
+
+#[test]
+fn one_that_fails_again_between_two_looks_waits_again() {
+    let mut world = World::new(false);
+    world.poll(&[("a", ended(State::Failed, 1))], 13);
+    assert_eq!(world.said(), "a:failed a:resubmitted");
+    // Nobody saw it run.
+    world.poll(&[("a", ended(State::Failed, 70))], 12);
+    assert_eq!(world.said(), "a:failed");
+    world.poll(&[("a", ended(State::Failed, 70))], 1);
+    assert_eq!(world.said(), "a:resubmitted");
+}
+
+#[test]
+fn nothing_is_told_before_what_came_earlier_is_stored() {
+    let mut world = World::new(false);
+    let rows =
+        [("a", ended(State::Failed, 1)), ("b", ended(State::Failed, 1)), ("c", ended(State::Failed, 1))];
+    assert!(bucket_of("a") != bucket_of("b") && bucket_of("b") != bucket_of("c"));
+    world.machine.begin_poll();
+    for (key, row) in &rows {
+        let told = world.machine.on_row(key, row, world.now);
+        world.told(told);
+    }
+    let keys = |world: &World| -> Vec<String> {
+        world.machine.events_after(0, 9).iter().map(|event| event.key.clone()).collect()
+    };
+    // CouchDB refuses one of three documents: a position behind `c` would pass `b`.
+    world.machine.on_stored(bucket_of("a"));
+    world.machine.on_stored(bucket_of("c"));
+    assert_eq!(keys(&world), ["a"]);
+    world.machine.on_stored(bucket_of("b"));
+    assert_eq!(keys(&world), ["a", "b", "c"]);
+}
