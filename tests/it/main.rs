@@ -25,6 +25,7 @@ mod kills;
 mod receiver;
 mod recreation;
 mod replications_check;
+mod replications_watched;
 mod secrets;
 mod sharing;
 mod standin;
