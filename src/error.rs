@@ -32,6 +32,8 @@ pub enum Kind {
     Server,
     /// An answer that is not what CouchDB gives: HTML, JSON cut short, another shape.
     Malformed,
+    /// An answer longer than the limit that it was asked for with.
+    TooLong,
     /// Stopped by ourselves: the part is being shut down.
     Stopped,
     /// Configuration or arguments that cannot be used.

@@ -11,7 +11,7 @@
 //! | part | what it is | start reading at |
 //! |---|---|---|
 //! | `pure` | every decision, without I/O, clock, threads | `flow` (one database of a webhook), `endpoint` (whom to suspect), `dispatch` (both together), `simulation` (tries to lose an event) |
-//! | `couch` | CouchDB over HTTP | `feed`, `local_docs` (marks, checkpoints), `state_db` (dead letters, records), `requests` and `alive` (how commands reach a daemon), `gate` (logins) |
+//! | `couch` | CouchDB over HTTP | `feed`, `local_docs` (marks, checkpoints), `state_db` (dead letters, records), `conflicts`, `requests` and `alive` (how commands reach a daemon), `gate` (logins) |
 //! | `replication` | how replications are, in the place of a feed | `mod` (opened, paged, waited on), `look`; what counts is `pure::transitions` |
 //! | `pipeline` | the threads of a webhook | `dispatcher`, `activation` (what `since = now` means), `desk` and `obey` (requests of commands), `replay`, `agents` (connections), `report` and `board` (how it is) |
 //! | `config` | sections to typed values | `keys` (the one table), `source` |

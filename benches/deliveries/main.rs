@@ -298,6 +298,7 @@ fn bodies() -> Vec<Vec<u8>> {
         events: vec!["document.*".to_owned()],
         include_docs: true,
         conflicts: false,
+        conflict_docs: false,
         design_docs: false,
         payload_bytes_max: 1 << 20,
         format: Format::Standard,

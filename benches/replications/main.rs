@@ -63,8 +63,11 @@ fn run(binary: &Path, n_replications: usize, n_looks: usize) -> ExitCode {
         Command::new(binary).args(["run", "--config"]).arg(&config).stderr(log).spawn().expect("it runs");
     let looks = |couch: &StandIn, n: usize| {
         let done = couch.wait_until(STUCK, |seen| {
-            let first = seen.requests().filter(|one| one.path == "/_scheduler/jobs");
-            first.count() >= n
+            // The list that is read last, by its first page.
+            let is_first =
+                |query: &[(String, String)]| query.iter().any(|(name, value)| name == "skip" && value == "0");
+            let jobs = seen.requests().filter(|one| one.path == "/_scheduler/jobs" && is_first(&one.query));
+            jobs.count() >= n
         });
         assert!(done, "no look within {STUCK:?}");
     };

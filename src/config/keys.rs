@@ -216,7 +216,7 @@ pub const KEYS: &[Key] = &[
         "events",
         Kind::Events,
         "document.*",
-        "Event types, see `docs/events.md`. Default with `watch = replications`: all but `replication.initializing`, \
+        "Event types, see `docs/events.md`; `document.conflicted` and `document.resolved` need `conflicts`. Default with `watch = replications`: all but `replication.initializing`, \
          `replication.pending` and `replication.running`; with `watch = daemon`: `*`.",
     ),
     webhook(
@@ -266,7 +266,18 @@ pub const KEYS: &[Key] = &[
         "Only documents that this view's map emits.",
     )),
     webhook("include_docs", Kind::Flag, "true", "Whether the document goes into the payload."),
-    webhook("conflicts", Kind::Flag, "false", "Whether a new conflict is told, and conflicts are listed."),
+    webhook(
+        "conflicts",
+        Kind::Flag,
+        "false",
+        "Whether conflicts are told (`document.conflicted`, `document.resolved`) and listed.",
+    ),
+    webhook(
+        "conflict_docs",
+        Kind::Flag,
+        "false",
+        "Whether the bodies of conflicting leaves go into the payload, too; needs `conflicts = true`.",
+    ),
     webhook("design_docs", Kind::Flag, "false", "Whether design documents are told."),
     optional(webhook(
         "secret",

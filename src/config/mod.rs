@@ -269,6 +269,8 @@ pub struct Webhook {
     pub include_docs: bool,
     /// Whether live conflicts are part of what is told.
     pub conflicts: bool,
+    /// Whether the bodies of conflicting leaves go into the payload.
+    pub conflict_docs: bool,
     /// Whether design documents are told.
     pub design_docs: bool,
     /// `whsec_…` texts that were checked to decode, newest first; none = unsigned.

@@ -63,6 +63,12 @@ impl<'a> Reader<'a> {
         self.values.contains_key(key)
     }
 
+    /// Whether the key is set, and to something else than its default.
+    pub(crate) fn is_changed(&self, key: &str) -> bool {
+        let text = self.values.get(key).map(|value| value.text.expose().trim());
+        text.is_some() && text != self.defined(key).default
+    }
+
     /// The section's keys that begin so, and what follows the beginning.
     pub(crate) fn starting_with(&self, prefix: &str) -> Vec<(&'a str, &'a Value)> {
         let rest = |(key, value): (&'a String, &'a Value)| Some((key.strip_prefix(prefix)?, value));

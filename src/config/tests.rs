@@ -138,6 +138,7 @@ fn defaults_are_those_of_the_table() {
                     filter: None,
                     include_docs: true,
                     conflicts: false,
+                    conflict_docs: false,
                     design_docs: false,
                     secrets: [],
                     headers: [],
@@ -363,6 +364,11 @@ fn faults_of_a_webhook_are_said() {
             "events = documents.*",
             "events = replication.failed",
             "events = *.deleted, *",
+            "events = document.resolved",
+            "events = document.resolved\nconflicts = true",
+            "conflict_docs = true",
+            "conflicts = true\nconflict_docs = true\nformat = raw",
+            "conflicts = true\nconflict_docs = true",
             "selector = [1]",
             "selector = {type: order}",
             "selector = {\"name\": \"a ;c4n4ry\"}",
@@ -449,10 +455,20 @@ fn faults_of_a_webhook_are_said() {
             "events = document.created"
                 events: there is no `document.created`: CouchDB cannot know whether a document is new; write `document.updated`
             "events = documents.*"
-                events: expected `document.updated`, `document.deleted` or a pattern such as `document.*`, got `documents.*`
+                events: expected `document.updated`, `document.deleted`, `document.conflicted`, `document.resolved` or a pattern such as `document.*`, got `documents.*`
             "events = replication.failed"
-                events: expected `document.updated`, `document.deleted` or a pattern such as `document.*`, got `replication.failed`
+                events: expected `document.updated`, `document.deleted`, `document.conflicted`, `document.resolved` or a pattern such as `document.*`, got `replication.failed`
             "events = *.deleted, *"
+                fine
+            "events = document.resolved"
+                events: `document.resolved` is told only with `conflicts = true`; write that line, too
+            "events = document.resolved\nconflicts = true"
+                fine
+            "conflict_docs = true"
+                conflict_docs: has a meaning only with `conflicts = true`; write that line, too, or delete this one
+            "conflicts = true\nconflict_docs = true\nformat = raw"
+                hookd.ini:5: [hookd.webhook.orders] conflict_docs: a request with `format = raw` or `format = slack` holds no leaves; choose another format, or delete this line
+            "conflicts = true\nconflict_docs = true"
                 fine
             "selector = [1]"
                 selector: expected a JSON object such as `{"type": "order"}`, got an array

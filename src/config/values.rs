@@ -9,7 +9,9 @@ use serde_json::Value as Json;
 
 use crate::config::keys;
 use crate::pure::about;
+use crate::pure::conflict::{CONFLICTED, RESOLVED};
 use crate::pure::guard::Network;
+use crate::pure::message::{DELETED, UPDATED};
 use crate::pure::rate::RateLimit;
 use crate::pure::signature::Key;
 use crate::pure::transitions;
@@ -248,7 +250,7 @@ pub(crate) fn networks(text: &str) -> Result<Vec<Network>, String> {
 }
 
 /// What a webhook on changes can be told.
-const EVENT_TYPES: [&str; 2] = ["document.updated", "document.deleted"];
+const EVENT_TYPES: [&str; 4] = [UPDATED, DELETED, CONFLICTED, RESOLVED];
 
 /// Event types and patterns of them, separated by commas. Each must match something.
 pub(crate) fn events(text: &str) -> Result<Vec<String>, String> {
@@ -261,7 +263,7 @@ pub(crate) fn events(text: &str) -> Result<Vec<String>, String> {
         }
         if !EVENT_TYPES.iter().any(|event_type| matches_pattern(part, event_type)) {
             return Err(format!(
-                "expected `document.updated`, `document.deleted` or a pattern such as `document.*`, got `{}`",
+                "expected `document.updated`, `document.deleted`, `document.conflicted`, `document.resolved` or a pattern such as `document.*`, got `{}`",
                 shown(part)
             ));
         }

@@ -15,7 +15,7 @@ use crate::config::{Filter, Hookd, Polling, Since, Webhook, values};
 use crate::pure::dispatch::batches::Batching;
 use crate::pure::format::Format;
 use crate::pure::guard::{self, Guard, Level};
-use crate::pure::message::Watch;
+use crate::pure::message::{DELETED, UPDATED, Watch, matches};
 use crate::pure::redact::document::Redaction;
 use crate::pure::secret::Secret;
 use crate::pure::transitions;
@@ -74,6 +74,7 @@ pub(crate) fn parse(
         filter: filter(&mut reader),
         include_docs: reader.flag("include_docs"),
         conflicts: reader.flag("conflicts"),
+        conflict_docs: reader.flag("conflict_docs"),
         design_docs: reader.flag("design_docs"),
         secrets: secrets(&mut reader),
         headers: headers(&mut reader),
@@ -96,6 +97,7 @@ pub(crate) fn parse(
         ca_file: reader.path("ca_file"),
         fingerprint: fingerprint(endpoint, section),
     };
+    check_conflicts(&mut reader, &webhook);
     found.extend(reader.into_findings());
     let fine = !found.iter().any(Finding::is_error);
     findings.extend(found);
@@ -158,8 +160,41 @@ fn databases(reader: &mut Reader<'_>, name: &str, state_db: Option<&str>) -> Vec
 }
 
 /// Keys that say which changes of documents are told, and how.
-pub(crate) const OF_CHANGES: [&str; 8] =
-    ["selector", "filter", "filter_params", "doc_ids", "view", "include_docs", "conflicts", "design_docs"];
+pub(crate) const OF_CHANGES: [&str; 9] = [
+    "selector",
+    "filter",
+    "filter_params",
+    "doc_ids",
+    "view",
+    "include_docs",
+    "conflicts",
+    "conflict_docs",
+    "design_docs",
+];
+
+/// What is said of conflicts needs `conflicts = true`, and bodies a format that holds them.
+fn check_conflicts(reader: &mut Reader<'_>, webhook: &Webhook) {
+    if webhook.watch != Watch::Changes {
+        return;
+    }
+    let told_without = |pattern: &String| [UPDATED, DELETED].iter().any(|one| matches(pattern, one));
+    if let Some(never) = webhook.events.iter().find(|pattern| !webhook.conflicts && !told_without(pattern)) {
+        let message = format!("`{never}` is told only with `conflicts = true`; write that line, too");
+        reader.error("events", message);
+    }
+    if !webhook.conflict_docs {
+        return;
+    }
+    if !webhook.conflicts {
+        let message = "has a meaning only with `conflicts = true`; write that line, too, or delete this one";
+        reader.error("conflict_docs", message);
+    }
+    if matches!(webhook.format, Format::Raw | Format::Slack) {
+        let message = "a request with `format = raw` or `format = slack` holds no leaves; choose another format, or \
+            delete this line";
+        reader.error("conflict_docs", message);
+    }
+}
 
 /// Keys that say when the state of a replication is told.
 pub(crate) const OF_REPLICATIONS: [&str; 4] =
@@ -208,7 +243,7 @@ fn replicator_databases(reader: &mut Reader<'_>, format: Format) -> Vec<String> 
 fn polling(reader: &mut Reader<'_>, watch: Watch) -> Polling {
     if watch != Watch::Replications {
         for key in OF_REPLICATIONS {
-            if reader.is_set(key) {
+            if reader.is_changed(key) {
                 reader.warning(key, "has a meaning only with `watch = replications`; delete the line");
             }
         }

@@ -187,7 +187,7 @@ impl Server {
     /// As [`Server::request`] with limits of its own.
     ///
     /// # Errors
-    /// As [`Server::request`]; `Malformed` when the body is longer than allowed.
+    /// As [`Server::request`]; `TooLong` when the body is longer than allowed.
     pub fn request_within(
         &self,
         method: &Method,
@@ -538,7 +538,7 @@ impl Answer {
         match body {
             Ok(body) => Ok(Reply { status: self.status(), body, date }),
             Err(ureq::Error::BodyExceedsLimit(_)) => Err(Error::new(
-                Kind::Malformed,
+                Kind::TooLong,
                 format!("expected an answer of at most {body_bytes_max} bytes, got a longer one"),
             )),
             Err(error) => Err(transport_error(error, self.silence)),

@@ -2,6 +2,7 @@
 
 pub mod alive;
 pub mod client;
+pub mod conflicts;
 pub mod feed;
 mod gate;
 pub mod letters;

@@ -16,6 +16,7 @@ use crate::couch::refusal::from_json;
 use crate::error::{Context, Error, Kind, Result};
 use crate::pure::about::{CONDITION, Condition, Tell};
 use crate::pure::checkpoint::{Mark, Seek, StateKey};
+use crate::pure::conflict::RESOLVED;
 use crate::sys;
 
 /// `_id` of the document with the key.
@@ -162,6 +163,13 @@ pub enum DeadLetterClass {
     Suspect,
     /// With `concurrency = 1`: it held up all others for `give_up_after`.
     GivenUp,
+}
+
+impl DeadLetter {
+    /// Of `document.resolved`: the revision that won.
+    pub fn resolved(&self) -> Option<String> {
+        (self.event_type == RESOLVED).then(|| self.rev.clone())
+    }
 }
 
 impl DeadLetterClass {

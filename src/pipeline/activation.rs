@@ -77,7 +77,8 @@ pub fn activate(shared: &Shared, webhook: &config::Webhook) -> Result<Active> {
     let suspects = letters.into_iter().filter(|letter| letter.class == DeadLetterClass::Suspect);
     let suspects = suspects.filter_map(|letter| {
         let flow = webhook.db.iter().position(|db| *db == letter.db)?;
-        Some((flow, SuspectLetter { id: WebhookId::parse(&letter.id)?, doc_id: letter.doc_id }))
+        let resolved = letter.resolved();
+        Some((flow, SuspectLetter { id: WebhookId::parse(&letter.id)?, doc_id: letter.doc_id, resolved }))
     });
     let suspects = suspects.collect();
     // Whoever resumes a webhook with too many takes so many more.

@@ -25,11 +25,12 @@ use crate::pipeline::complaints::{Complaint, Outage};
 use crate::pipeline::feed_reader::{Fed, Reader};
 use crate::pipeline::replay::Replays;
 use crate::pipeline::report::{InFlight, Report, Shown};
-use crate::pipeline::store::{Change, Errand, Errant, Store};
+use crate::pipeline::store::{Change, Errand, Errant, Leaves, Store};
 use crate::pipeline::webhook::{Answer, Endpoint, Job};
 use crate::pipeline::workers::Workers;
 use crate::pure::about::{self, Tell};
 use crate::pure::checkpoint::Mark;
+use crate::pure::conflict::{self, Owed};
 use crate::pure::dispatch::{Action, Attempt, Dispatch, FlowIndex, Notice};
 use crate::pure::endpoint::{self, DownReason, LetterClass, Moment, Outcome, Settings};
 use crate::pure::flow::{self, Flow, Read};
@@ -597,6 +598,16 @@ impl<'a> Dispatcher<'a> {
                 }
                 self.dispatch.on_letter(token, stored.is_ok(), now);
             }
+            Errant::Kept(token, kept) => {
+                if let Err(error) = &kept {
+                    let (name, state_db) = (&self.webhook.name, &self.shared.state_db);
+                    log::error!(
+                        "webhook `{name}`: what is known of a conflict could not be stored in `{state_db}`, or its leaves \
+                         not be read: {error}; its event waits and is tried again"
+                    );
+                }
+                self.dispatch.on_kept(token, kept.ok(), now);
+            }
             Errant::Fetched(letter, fetched) => self.dispatch.on_fetched(&letter, *fetched, now),
             Errant::Listed(listed) => self.replays.on_listed(listed, now),
             Errant::Answered(stored) => self.replays.on_answered(stored, now),
@@ -724,6 +735,7 @@ impl<'a> Dispatcher<'a> {
             Action::Batch(batch) => self.deliver(batch.id, Job::Batch(batch)),
             Action::LookUp(attempt) => self.store.order(Errand::LookUp(attempt.token, attempt.event.id)),
             Action::StoreLetter(attempt, class) => self.store_letter(&attempt, class, now),
+            Action::Keep(attempt, owed) => self.keep(&attempt, owed),
             Action::DeleteLetter(id) => {
                 self.n_letters = self.n_letters.saturating_sub(1);
                 self.store.order(Errand::Delete(id));
@@ -772,6 +784,21 @@ impl<'a> Dispatcher<'a> {
         if let Err(error) = self.workers.give(job, self.in_flight.len()) {
             log::error!("webhook `{}`: {error}", self.webhook.name);
         }
+    }
+
+    fn keep(&mut self, attempt: &Attempt, owed: Owed) {
+        let (flow, event) = (attempt.flow, &attempt.event);
+        let mark = self.marks[flow].expect("a feed that gave rows was opened");
+        let place = conflict::place(&self.webhook.name, &self.webhook.db[flow], &mark.to_string());
+        let kept_at = event.conflict_key().map(|key| conflict::id(&place, key));
+        self.store.order(match (owed, kept_at) {
+            (Owed::Forget, Some(id)) => Errand::Forget(attempt.token, id),
+            (_, kept_at) => {
+                let revs = std::iter::once(&event.rev).chain(&event.conflicts).cloned().collect();
+                let (doc_id, read_at) = (event.doc_id.clone(), event.read_at);
+                Errand::Remember(attempt.token, Box::new(Leaves { flow, doc_id, revs, kept_at, read_at }))
+            }
+        });
     }
 
     fn store_letter(&mut self, attempt: &Attempt, class: LetterClass, _now: Instant) {
@@ -1032,6 +1059,7 @@ pub(crate) fn telling(source: &str, webhook: &config::Webhook, db: &str) -> Tell
         events: webhook.events.clone(),
         include_docs: webhook.include_docs,
         conflicts: webhook.conflicts,
+        conflict_docs: webhook.conflict_docs,
         design_docs: webhook.design_docs,
         payload_bytes_max: webhook.payload_bytes_max,
         format: webhook.format,

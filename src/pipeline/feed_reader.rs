@@ -16,12 +16,14 @@ use crossbeam_channel::{Receiver, Sender, bounded};
 
 use crate::config;
 use crate::couch::client::Generation;
+use crate::couch::conflicts;
 use crate::couch::feed::{Feed, FeedCloser, FeedEnd, FeedKind, FeedRequest};
 use crate::couch::local_docs;
 use crate::error::{Error, Kind, Result};
 use crate::pipeline::Shared;
 use crate::pure::changes::Item;
 use crate::pure::checkpoint::{Checkpoint, Mark, Seek};
+use crate::pure::conflict;
 use crate::pure::dispatch::FlowIndex;
 use crate::pure::flow::{Opened, Read, ReadFault};
 use crate::pure::format::Format;
@@ -120,6 +122,7 @@ impl Reader {
             generation: Generation::Three,
             misses: 0,
             unknown_since: None,
+            conflicts_of: None,
             stopping: Arc::clone(&stopping),
         };
         let thread = sys::spawn(&name, move || state.run(&orders))?;
@@ -172,6 +175,8 @@ struct State {
     misses: u32,
     /// The position that CouchDB last said not to know.
     unknown_since: Option<Seq>,
+    /// The life of the database whose conflicts the flow was told.
+    conflicts_of: Option<Mark>,
     stopping: Arc<AtomicBool>,
 }
 
@@ -243,12 +248,24 @@ impl State {
         if let Some(monitor) = &mut self.monitor {
             monitor.open(&welcome, opened.mark, checkpoint.as_ref().map(|(through_seq, _)| through_seq))?;
         }
+        // Once: from then on the flow knows best, for only it changes what is stored.
+        let conflicted = match self.telling.remembers() && self.conflicts_of != Some(opened.mark) {
+            true => {
+                let place = conflict::place(webhook, db, &opened.mark.to_string());
+                Some(conflicts::list(server, &self.shared.state_db, &place)?)
+            }
+            false => None,
+        };
+        if conflicted.is_some() {
+            self.conflicts_of = Some(opened.mark);
+        }
         let found = Opened {
             mark: opened.mark.to_string(),
             recreated: opened.recreated && checkpoint.is_none(),
             checkpoint,
             rev: opened.checkpoint_rev,
             doc_count: opened.doc_count,
+            conflicted,
         };
         Ok(Fed::Opened { flow: self.flow, opened: found, mark: opened.mark, life: opened.life })
     }

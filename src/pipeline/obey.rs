@@ -77,6 +77,7 @@ pub fn is_passing(error: &Error) -> bool {
             | Kind::Conflict
             | Kind::Server
             | Kind::Malformed
+            | Kind::TooLong
             | Kind::Stopped
     )
 }

@@ -119,7 +119,8 @@ impl Replays {
             let Some(stored) = run.queue.pop_front() else { break };
             match (flow(&stored.letter.db), WebhookId::parse(&stored.letter.id)) {
                 (Some(flow), Some(id)) => {
-                    let letter = SuspectLetter { id, doc_id: stored.letter.doc_id.clone() };
+                    let (doc_id, resolved) = (stored.letter.doc_id.clone(), stored.letter.resolved());
+                    let letter = SuspectLetter { id, doc_id, resolved };
                     run.at_work.insert(id, stored);
                     dispatch.ask_replay(flow, letter, run.asked, now);
                 }

@@ -12,6 +12,7 @@ use serde_json::{Map, Value};
 
 use crate::config;
 use crate::couch::client::{Server, db_path, encoded};
+use crate::couch::conflicts::{self, Conflicted};
 use crate::couch::letters::{self, Filter, Stored};
 use crate::couch::requests::{self, Progress};
 use crate::couch::state_db::{self, DeadLetter, WebhookRecord};
@@ -20,6 +21,7 @@ use crate::pipeline::Shared;
 use crate::pure::about::{self, Tell};
 use crate::pure::changes::{Row, RowDoc};
 use crate::pure::checkpoint::Mark;
+use crate::pure::conflict::{self, Conflict, LeafDocs, Standing};
 use crate::pure::dispatch::{Asked, Fetched, FlowIndex, SuspectLetter};
 use crate::pure::document::Document;
 use crate::pure::endpoint::WINDOW_EVENTS;
@@ -42,6 +44,11 @@ pub enum Errand {
     LookUp(u64, WebhookId),
     /// Store this one.
     Letter(u64, Box<DeadLetter>),
+    /// This document is conflicted, to be stored where a key is given; and its leaves are to be read, where they are
+    /// asked for.
+    Remember(u64, Box<Leaves>),
+    /// What has this id in `state_db` is conflicted no more.
+    Forget(u64, String),
     /// It was delivered after all.
     Delete(WebhookId),
     /// The document as it is now.
@@ -69,8 +76,25 @@ pub enum Change {
     Paused(String),
 }
 
+/// A document that has more than one live leaf.
+#[derive(Debug)]
+pub struct Leaves {
+    /// In which of the webhook's databases.
+    pub flow: FlowIndex,
+    /// Its name.
+    pub doc_id: String,
+    /// The winner, then the others, sorted.
+    pub revs: Vec<String>,
+    /// Where it is kept in `state_db`; `None` where that is not wanted.
+    pub kept_at: Option<String>,
+    /// When it was read.
+    pub read_at: jiff::Timestamp,
+}
+
 /// What came of it.
 pub enum Errant {
+    /// It is stored, or deleted; with the leaves that were read.
+    Kept(u64, Result<LeafDocs>),
     /// `None`: could not be found out.
     LookedUp(u64, Option<bool>),
     /// Whether it is stored.
@@ -168,6 +192,11 @@ impl State {
                     let stored = state_db::store_dead_letter(server, state_db, &letter);
                     Some(Errant::Letter(token, stored))
                 }
+                Errand::Remember(token, leaves) => Some(Errant::Kept(token, self.remember(&leaves))),
+                Errand::Forget(token, id) => {
+                    let forgotten = conflicts::forget(server, state_db, &id);
+                    Some(Errant::Kept(token, forgotten.map(|()| LeafDocs::Unread)))
+                }
                 Errand::Delete(id) => {
                     if let Err(error) = state_db::delete_dead_letter(server, state_db, &id.to_string()) {
                         log::warn!("{place}: `{id}` was delivered, but its dead letter stays: {error}");
@@ -185,6 +214,7 @@ impl State {
                     let letter = SuspectLetter {
                         id: WebhookId::parse(&stored.letter.id).expect("it was parsed to be asked for"),
                         doc_id: stored.letter.doc_id.clone(),
+                        resolved: stored.letter.resolved(),
                     };
                     let fetched = self.fetch_letter(flow, &stored.letter, mark, asked);
                     Some(Errant::Fetched(letter, Box::new(fetched.unwrap_or_else(|error| unread(&error)))))
@@ -201,6 +231,7 @@ impl State {
                     None
                 }
                 Errand::Record(change) => {
+                    self.forget_other_life(&change);
                     let made = change_record(server, state_db, &self.webhook.name, |record| {
                         apply(record, &change);
                     });
@@ -228,6 +259,66 @@ impl State {
         }
     }
 
+    fn remember(&self, leaves: &Leaves) -> Result<LeafDocs> {
+        let Shared { server, state_db, .. } = &self.shared;
+        let telling = &self.tellings[leaves.flow];
+        if let Some(id) = &leaves.kept_at {
+            let conflicted = Conflicted {
+                id: id.clone(),
+                rev: None,
+                webhook: telling.webhook.clone(),
+                db: telling.db.clone(),
+                doc_id: leaves.doc_id.clone(),
+                leaves: leaves.revs.clone(),
+                since: leaves.read_at,
+            };
+            conflicts::remember(server, state_db, &conflicted)?;
+        }
+        self.read_leaves(telling, &leaves.doc_id, &leaves.revs[1..])
+    }
+
+    /// Bodies of conflicting leaves, where they are asked for.
+    fn read_leaves(&self, telling: &Telling, doc_id: &str, revs: &[String]) -> Result<LeafDocs> {
+        if !telling.conflict_docs {
+            return Ok(LeafDocs::Unread);
+        }
+        let (server, bytes_max) = (&self.shared.server, telling.payload_bytes_max);
+        let redact = |doc| telling.redacted(doc);
+        match conflicts::read_leaves(server, &telling.db, doc_id, revs, bytes_max, redact) {
+            Err(error) if !is_passing(error.kind()) => {
+                let place = format!("webhook `{}`, database `{}`", telling.webhook, telling.db);
+                log::warn!("{place}: told without the conflicting leaves: {error}");
+                Ok(LeafDocs::Unreadable)
+            }
+            read => read,
+        }
+    }
+
+    /// When a database is another one than before, what was conflicted in the other one goes, before the record says
+    /// so: who is killed in between does it again.
+    fn forget_other_life(&self, change: &Change) {
+        let Shared { server, state_db, .. } = &self.shared;
+        let Change::Mark(db, mark) = change else { return };
+        if !self.tellings.iter().any(|telling| telling.db == *db && telling.remembers()) {
+            return;
+        }
+        let webhook = &self.webhook.name;
+        let forgotten = state_db::read_record(server, state_db, webhook).and_then(|record| {
+            match record.as_ref().and_then(|record| record.databases.get(db)) {
+                Some(before) if before != mark => {
+                    let place = conflict::place(webhook, db, &before.to_string());
+                    conflicts::forget_all(server, state_db, &place)
+                }
+                _ => Ok(()),
+            }
+        });
+        if let Err(error) = forgotten {
+            log::warn!(
+                "webhook `{webhook}`: conflicts of the `{db}` that was deleted stay in `{state_db}`: {error}"
+            );
+        }
+    }
+
     /// Reads a document as a feed would show it.
     fn fetch(&self, flow: FlowIndex, letter: &SuspectLetter, mark: Mark) -> Result<Fetched> {
         if self.tellings[flow].watch == Watch::Replications {
@@ -237,7 +328,12 @@ impl State {
         }
         let query = if self.tellings[flow].conflicts { "?conflicts=true" } else { "" };
         // Deleted, or with its database: the feed tells what became of it.
-        let Some(event) = self.read(flow, &letter.doc_id, query, mark)? else { return Ok(Fetched::Gone) };
+        let Some(mut event) = self.read(flow, &letter.doc_id, query, mark)? else {
+            return Ok(Fetched::Gone);
+        };
+        if letter.resolved.as_ref() == Some(&event.rev) && !event.is_conflicted() {
+            event.resolve(letter.id);
+        }
         let wanted = self.tellings[flow].wants(&event);
         Ok(if wanted { Fetched::Event(event) } else { Fetched::Gone })
     }
@@ -260,6 +356,8 @@ impl State {
             return Ok(Fetched::Gone);
         }
         let query = if self.tellings[flow].conflicts { "?conflicts=true" } else { "" };
+        let id = WebhookId::parse(&letter.id).expect("it was parsed to be asked for");
+        let is_resolved = letter.resolved().is_some();
         let now = self.read(flow, &letter.doc_id, query, mark)?;
         if let Some(now) = &now
             && now.id.to_string() == letter.id
@@ -267,12 +365,24 @@ impl State {
             return Ok(now_or_gone(Some(now.clone())));
         }
         let own = format!("?rev={}", encoded(&letter.rev));
-        let own = self.read(flow, &letter.doc_id, &own, mark)?.map(|event| Event {
+        let own = match self.read(flow, &letter.doc_id, &own, mark)? {
+            Some(mut event) if is_resolved => {
+                event.resolve(id);
+                Some(event)
+            }
             // With conflicts the id is made of all of them; what they were stands in the letter.
-            id: WebhookId::parse(&letter.id).unwrap_or(event.id),
-            conflicts: letter.revs.iter().skip(1).cloned().collect(),
-            ..event
-        });
+            Some(mut event) => {
+                event.conflicts = letter.revs.iter().skip(1).cloned().collect();
+                event.standing = Standing::of_type(&letter.event_type);
+                Some(self.with_leaves(flow, Event { id, ..event })?)
+            }
+            None => None,
+        };
+        // As it was left, when nothing was written since.
+        let as_told = |now: &Event| is_resolved && now.rev == letter.rev && !now.is_conflicted();
+        if now.as_ref().is_some_and(as_told) {
+            return Ok(now_or_gone(own));
+        }
         if asked.even_if_superseded {
             return Ok(now_or_gone(own.or(now)));
         }
@@ -323,13 +433,36 @@ impl State {
             // Never the document itself: what it says of us.
             return Ok(about::event(telling, row, &mark.to_string()));
         }
-        Ok(Some(telling.event(row, &mark.to_string(), sys::wall())))
+        self.with_leaves(flow, telling.event(row, &mark.to_string(), sys::wall())).map(Some)
+    }
+
+    /// An event that was not read from the feed, with the bodies of its conflicting leaves where they are asked for.
+    fn with_leaves(&self, flow: FlowIndex, mut event: Event) -> Result<Event> {
+        let telling = &self.tellings[flow];
+        if telling.conflict_docs && event.is_conflicted() {
+            let docs = self.read_leaves(telling, &event.doc_id, &event.conflicts)?;
+            let (row_id, resolved_id) = (event.id, event.id);
+            let none = || {
+                let docs = LeafDocs::Unread;
+                Box::new(Conflict { key: None, wanted: true, row_id, resolved_id, docs })
+            };
+            event.conflict.get_or_insert_with(none).docs = docs;
+        }
+        Ok(event)
     }
 }
 
 /// Why a document was not read: for now, or for good. A request must not wait for what never comes.
 fn unread(error: &Error) -> Fetched {
-    match error.kind() {
+    match is_passing(error.kind()) {
+        true => Fetched::Failed,
+        false => Fetched::Unreadable(error.to_string()),
+    }
+}
+
+/// Whether what failed may succeed later.
+fn is_passing(kind: Kind) -> bool {
+    match kind {
         Kind::Unreachable
         | Kind::Cut
         | Kind::Timeout
@@ -337,14 +470,15 @@ fn unread(error: &Error) -> Fetched {
         | Kind::Locked
         | Kind::Conflict
         | Kind::Server
-        | Kind::Stopped => Fetched::Failed,
+        | Kind::Stopped => true,
         Kind::Forbidden
         | Kind::NotFound
         | Kind::BadSince
         | Kind::BadRequest
         | Kind::Malformed
+        | Kind::TooLong
         | Kind::Config
-        | Kind::Io => Fetched::Unreadable(error.to_string()),
+        | Kind::Io => false,
     }
 }
 

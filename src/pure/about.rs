@@ -11,6 +11,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
 use crate::pure::changes::{Row, RowDoc};
+use crate::pure::conflict::Standing;
 use crate::pure::message::{Event, EventDoc, Telling, WebhookId};
 
 /// An endpoint is down.
@@ -272,6 +273,8 @@ fn made(
         seq: None,
         doc: EventDoc::Absent,
         line: None,
+        standing: Standing::Plain,
+        conflict: None,
         about: Some(Box::new(about)),
         read_at: at,
     }
@@ -293,6 +296,7 @@ mod tests {
             events: vec!["*".into()],
             include_docs: true,
             conflicts: false,
+            conflict_docs: false,
             design_docs: false,
             payload_bytes_max: 1 << 20,
             format: Format::Standard,

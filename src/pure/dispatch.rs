@@ -9,9 +9,11 @@ pub mod batches;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use crate::pure::conflict::{LeafDocs, Owed, Standing};
 use crate::pure::dispatch::batches::{Batch, Batching, Next};
 use crate::pure::endpoint::{self, Class, Endpoint, LetterClass, Moment, Outcome, Settings, Start, Verdict};
-use crate::pure::flow::{self, Flow, Opened, Position, Read, ReadFault};
+use crate::pure::flow::{self, Before, Flow, Opened, Position, Read, ReadFault};
+use crate::pure::lanes::LaneIndex;
 use crate::pure::message::{self, Arrived, Event, doc_key};
 use crate::pure::seq::Seq;
 use crate::pure::table::Table;
@@ -49,6 +51,8 @@ pub enum Action {
     LookUp(Attempt),
     /// `on_letter`.
     StoreLetter(Attempt, LetterClass),
+    /// Store, or delete, that the event's document is conflicted: `on_kept`.
+    Keep(Attempt, Owed),
     /// The suspect with this id was delivered after all, its letter goes. Not answered.
     DeleteLetter(message::WebhookId),
     /// The document as it is now, of a suspect to be sent again: `on_fetched`.
@@ -98,6 +102,8 @@ enum Work {
     LookUp { flow: FlowIndex, retry_at: Instant },
     /// Storing its letter.
     Letter { flow: FlowIndex, class: LetterClass },
+    /// Storing or deleting that its document is conflicted.
+    Keep { flow: FlowIndex, owed: Owed },
 }
 
 /// A stored dead letter of class `suspect`, by reference.
@@ -107,6 +113,8 @@ pub struct SuspectLetter {
     pub id: message::WebhookId,
     /// The document that it is about.
     pub doc_id: String,
+    /// Of `document.resolved`: the revision that won.
+    pub resolved: Option<String>,
 }
 
 /// What an operator wants of a letter.
@@ -340,7 +348,7 @@ impl Dispatch {
             pending.trial = trial;
         }
         match verdict {
-            Verdict::Delivered => self.flows[flow].on_finished(token, now),
+            Verdict::Delivered => self.finish(flow, token, now),
             Verdict::RetryAt(at) => self.flows[flow].on_retry(token, at, now),
             Verdict::LookUp(retry_at) => {
                 self.work.insert(token, Work::LookUp { flow, retry_at });
@@ -369,7 +377,7 @@ impl Dispatch {
     pub fn on_looked_up(&mut self, token: u64, exists: Option<bool>, now: Instant) {
         let Some(Work::LookUp { flow, retry_at }) = self.work.remove(&token) else { return };
         match exists {
-            Some(true) => self.flows[flow].on_finished(token, now),
+            Some(true) => self.finish(flow, token, now),
             Some(false) => self.flows[flow].on_retry(token, retry_at, now),
             None => {
                 if let Some(pending) = self.flows[flow].lanes().busy_mut(token) {
@@ -388,9 +396,11 @@ impl Dispatch {
         if stored {
             self.said.push(Notice::Letter(flow, event.id, class));
             if class == LetterClass::Suspect {
-                self.add_suspect(flow, SuspectLetter { id: event.id, doc_id: event.doc_id.clone() }, now);
+                let resolved = (event.standing == Standing::Resolved).then(|| event.rev.clone());
+                let (id, doc_id) = (event.id, event.doc_id.clone());
+                self.add_suspect(flow, SuspectLetter { id, doc_id, resolved }, now);
             }
-            self.flows[flow].on_finished(token, now);
+            self.finish(flow, token, now);
         } else {
             self.said.push(Notice::LetterFailed(flow, event.id));
             if class == LetterClass::Suspect {
@@ -398,6 +408,55 @@ impl Dispatch {
             }
             self.flows[flow].on_retry(token, now + STORE_AGAIN, now);
         }
+    }
+
+    /// Answer to [`Action::Keep`]: the leaves' bodies where they were to be read, or `None` when it was not done.
+    pub fn on_kept(&mut self, token: u64, docs: Option<LeafDocs>, now: Instant) {
+        let Some(Work::Keep { flow, owed }) = self.work.remove(&token) else { return };
+        match docs {
+            Some(docs) => {
+                if docs != LeafDocs::Unread {
+                    self.flows[flow].lanes().amend(token, |event| {
+                        if let Some(conflict) = &mut event.conflict {
+                            conflict.docs = docs;
+                        }
+                    });
+                }
+                self.flows[flow].on_kept(token, owed, now);
+            }
+            None => self.flows[flow].on_retry(token, now + STORE_AGAIN, now),
+        }
+    }
+
+    /// The delivery is told, or its letter stored: it is finished as soon as what that means for its document is kept.
+    fn finish(&mut self, flow: FlowIndex, token: u64, now: Instant) {
+        match self.flows[flow].owed(token) {
+            Some(owed) => self.keep(flow, token, owed),
+            None => self.flows[flow].on_finished(token, now),
+        }
+    }
+
+    fn keep(&mut self, flow: FlowIndex, token: u64, owed: Owed) {
+        self.flows[flow].on_keeping(token, owed);
+        let Some(pending) = self.flows[flow].lanes().busy_mut(token) else { return };
+        let attempt = attempt(token, flow, Arc::clone(&pending.event), pending.trial.attempts);
+        self.work.insert(token, Work::Keep { flow, owed });
+        self.outbox.push(Action::Keep(attempt, owed));
+    }
+
+    /// Does what has to be done before the event that waits in a lane is told; whether there was anything.
+    fn prepare(&mut self, flow: FlowIndex, lane: LaneIndex, now: Instant) -> bool {
+        let before = self.flows[flow].before(lane);
+        if before == Before::Tell {
+            return false;
+        }
+        let token = self.token();
+        self.flows[flow].lanes().take_lane(lane, token).expect("something waits in it");
+        match before {
+            Before::Keep(owed) => self.keep(flow, token, owed),
+            Before::Drop | Before::Tell => self.flows[flow].on_dropped(token, now),
+        }
+        true
     }
 
     // --- Outputs -----------------------------------------------------------------------------------------
@@ -457,31 +516,35 @@ impl Dispatch {
                     None => Next::Nothing,
                 },
             };
-            if matches!(next, Next::Nothing) {
-                return;
-            }
-            if !permit() {
-                self.starved = true;
-                return;
-            }
             let (flow, lane) = match next {
-                Next::Of(flow) => (flow, None),
-                Next::One(flow, lane) => (flow, Some(lane)),
+                Next::Of(flow) => {
+                    let lanes = self.flows[flow].lanes();
+                    let lane =
+                        if start == Start::Probe { lanes.probe_lane() } else { lanes.first_ready(now) };
+                    (flow, lane.expect("the flow said that it has one"))
+                }
+                Next::One(flow, lane) => (flow, lane),
+                Next::Batch(_) if !permit() => {
+                    self.starved = true;
+                    return;
+                }
                 Next::Batch(lanes) => {
                     self.start_batch(lanes, now, actions);
                     continue;
                 }
                 Next::Nothing => return,
             };
+            if self.prepare(flow, lane, now) {
+                continue;
+            }
+            if !permit() {
+                self.starved = true;
+                return;
+            }
             self.batch_since = None;
             let token = self.token();
-            let lanes = self.flows[flow].lanes();
-            let pending = match (start, lane) {
-                (Start::Probe, _) => lanes.take_probe(token),
-                (Start::Go | Start::No, Some(lane)) => lanes.take_lane(lane, token),
-                (Start::Go | Start::No, None) => lanes.take(now, token),
-            };
-            let pending = pending.expect("the flow said that it has one");
+            let pending = self.flows[flow].lanes().take_lane(lane, token);
+            let pending = pending.expect("something waits in it");
             self.endpoint.on_start(token, &mut pending.trial, now);
             let attempt = attempt(token, flow, Arc::clone(&pending.event), pending.trial.attempts);
             self.work.insert(token, Work::Attempt { flow, replay: false });
@@ -856,10 +919,11 @@ impl Dispatch {
     fn end_replay(&mut self, flow: FlowIndex, token: u64, told: bool, now: Instant) {
         let sent = |suspect: &&Suspect| matches!(suspect.state, Replay::Sent(t) if t == token);
         let letter = self.suspects.iter().find(sent).map(|suspect| suspect.letter.id);
+        let at = flow;
         let flow = &mut self.flows[flow];
         let Some(pending) = flow.lanes().busy_mut(token) else { return };
         if told || Some(pending.event.id) == letter {
-            flow.on_finished(token, now);
+            self.finish(at, token, now);
         } else if pending.has_row() {
             flow.on_retry(token, now, now);
         } else {

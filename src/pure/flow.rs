@@ -14,10 +14,12 @@
 //! ```
 
 use std::collections::{BTreeMap, HashSet};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use crate::pure::conflict::{Known, Owed};
 use crate::pure::endpoint::Trial;
-use crate::pure::lanes::Lanes;
+use crate::pure::lanes::{LaneIndex, Lanes, Stage};
 use crate::pure::message::{Arrived, Event};
 use crate::pure::seq::Seq;
 use crate::pure::table::Table;
@@ -61,6 +63,20 @@ pub struct Opened {
     pub recreated: bool,
     /// Documents in it, for noticing rewinds.
     pub doc_count: u64,
+    /// Documents stored as conflicted, in this life of the database; `None`: as the flow knows, which it does once it
+    /// was told.
+    pub conflicted: Option<Vec<u64>>,
+}
+
+/// What has to happen before an event that waits may be told.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Before {
+    /// Nothing.
+    Tell,
+    /// This.
+    Keep(Owed),
+    /// It is not wanted, now that it is known what it is.
+    Drop,
 }
 
 /// What the shell is to read.
@@ -168,6 +184,7 @@ pub struct Flow {
     beyond: Beyond,
     /// Short ids that the stored checkpoint named; until the feed was once read to its end.
     restored: HashSet<u64>,
+    conflicted: Known,
     clock: CheckpointClock,
     notices: Vec<Notice>,
 }
@@ -192,6 +209,7 @@ impl Flow {
             told: Told::default(),
             beyond: Beyond::default(),
             restored: HashSet::new(),
+            conflicted: Known::default(),
             clock: CheckpointClock::new(checkpoint_interval),
             notices: Vec::new(),
         }
@@ -322,6 +340,10 @@ impl Flow {
             self.notices.push(Notice::Recreated);
             self.told = Told::default();
             self.lanes.forget_waiting();
+            self.conflicted = Known::default();
+        }
+        if let Some(keys) = opened.conflicted {
+            self.conflicted = Known::of(keys);
         }
         let checkpoint = opened.checkpoint.filter(|_| !opened.recreated);
         self.clock.opened(opened.rev, checkpoint.as_ref().map(|(through_seq, _)| through_seq));
@@ -351,21 +373,38 @@ impl Flow {
     }
 
     fn arrive(&mut self, Arrived { seq, event }: Arrived) {
-        let Some(event) = event else {
+        let Some(mut event) = event else {
             self.watermark.arrive_finished(seq);
             return;
         };
-        if self.was_told(&event) {
+        if event.conflict.is_some() {
+            if self.is_idle_about(&event) {
+                self.watermark.arrive_finished(seq);
+                return;
+            }
+            self.conflicted.judge(&mut event);
+        }
+        if self.was_told(&event) && self.conflicted.agrees(&event) {
             let ordinal = self.watermark.arrive_finished(seq);
-            self.restored.remove(&event.id.short());
-            self.told.insert(event.doc_key(), event.id.short());
-            self.note_beyond(ordinal, event.doc_key(), event.id.short());
+            let short = event.row_id().short();
+            self.restored.remove(&short);
+            self.told.insert(event.doc_key(), short);
+            self.note_beyond(ordinal, event.doc_key(), short);
             return;
         }
         let ordinal = self.watermark.arrive(seq);
         if let Some(finished) = self.lanes.arrive(event, ordinal) {
             self.watermark.finish(finished);
         }
+    }
+
+    /// Whether an event that is not wanted for itself changes nothing about what is kept of conflicts either.
+    fn is_idle_about(&self, event: &Event) -> bool {
+        let unwanted = event.conflict.as_ref().is_some_and(|conflict| !conflict.wanted);
+        unwanted
+            && !event.is_conflicted()
+            && !self.conflicted.has(event)
+            && self.lanes.newest(&event.doc_id).is_none()
     }
 
     /// Whether this event is the last thing told about its document. Not "was ever told": when the winner of a
@@ -375,8 +414,8 @@ impl Flow {
             return false;
         }
         match self.told.last(event.doc_key()) {
-            Some(short) => short == event.id.short(),
-            None => self.restored.contains(&event.id.short()),
+            Some(short) => short == event.row_id().short(),
+            None => self.restored.contains(&event.row_id().short()),
         }
     }
 
@@ -447,7 +486,7 @@ impl Flow {
     /// The delivery `token` is finished: delivered, or its dead letter is stored.
     pub fn on_finished(&mut self, token: u64, now: Instant) {
         let Some(pending) = self.lanes.finish(token) else { return };
-        let (doc_key, short) = (pending.event.doc_key(), pending.event.id.short());
+        let (doc_key, short) = (pending.event.doc_key(), pending.event.row_id().short());
         self.told.insert(doc_key, short);
         if self.watermark.is_unfinished(pending.ordinal) {
             self.watermark.finish(pending.ordinal);
@@ -456,9 +495,87 @@ impl Flow {
         self.settle(now);
     }
 
+    /// The delivery `token` is not to be told after all.
+    pub fn on_dropped(&mut self, token: u64, now: Instant) {
+        let Some(pending) = self.lanes.finish(token) else { return };
+        self.watermark.finish(pending.ordinal);
+        self.settle(now);
+    }
+
+    /// What has to happen before what waits in this lane may be told. (Of most events nothing ever has.)
+    pub fn before(&mut self, lane: LaneIndex) -> Before {
+        let Some(pending) = self.lanes.waiting_mut(lane) else { return Before::Tell };
+        let is_conflicted = pending.event.is_conflicted();
+        match pending.stage {
+            Stage::Ready => Before::Tell,
+            Stage::Told if is_conflicted => Before::Keep(Owed::Remember),
+            Stage::Told => Before::Keep(Owed::Forget),
+            Stage::Open if is_conflicted => Before::Keep(Owed::Remember),
+            Stage::Open => {
+                self.conflicted.judge(Arc::make_mut(&mut pending.event));
+                let wanted = pending.event.conflict.as_ref().is_none_or(|conflict| conflict.wanted);
+                if !wanted && !self.conflicted.has(&pending.event) {
+                    return Before::Drop;
+                }
+                pending.stage = Stage::Ready;
+                Before::Tell
+            }
+        }
+    }
+
+    /// What is to be stored of conflicts before the delivery `token`, which is told, is finished.
+    pub fn owed(&mut self, token: u64) -> Option<Owed> {
+        let pending = self.lanes.busy_mut(token)?;
+        // What stands in a letter is history, but for the row that it may have joined.
+        if pending.event.conflict_key().is_none() || !pending.has_row() {
+            return None;
+        }
+        let is_known = self.conflicted.has(&pending.event);
+        let owed = match pending.event.is_conflicted() {
+            true => {
+                let is_new = !is_known && self.watermark.is_unfinished(pending.ordinal);
+                (is_new || pending.stage == Stage::Open).then_some(Owed::Remember)
+            }
+            false => is_known.then_some(Owed::Forget),
+        };
+        if owed.is_some() {
+            pending.stage = Stage::Told;
+        }
+        owed
+    }
+
+    /// Work on what the busy delivery `token` owes begins.
+    pub fn on_keeping(&mut self, token: u64, owed: Owed) {
+        let Some(pending) = self.lanes.busy_mut(token) else { return };
+        // From now on it may be there, also when nobody says so.
+        if let (Owed::Remember, Some(key)) = (owed, pending.event.conflict_key()) {
+            self.conflicted.insert(key);
+        }
+    }
+
+    /// It is stored. What was not told yet may go now, unless it is not wanted; what was is finished.
+    pub fn on_kept(&mut self, token: u64, owed: Owed, now: Instant) {
+        let Some(pending) = self.lanes.busy_mut(token) else { return };
+        if let (Owed::Forget, Some(key)) = (owed, pending.event.conflict_key()) {
+            self.conflicted.remove(key);
+        }
+        if pending.stage == Stage::Told {
+            return self.on_finished(token, now);
+        }
+        pending.stage = Stage::Ready;
+        match pending.event.conflict.as_ref().is_some_and(|conflict| !conflict.wanted) {
+            true => self.on_dropped(token, now),
+            false => self.go_on(token, None, now),
+        }
+    }
+
     /// The delivery `token` has to be tried again at `at`.
     pub fn on_retry(&mut self, token: u64, at: Instant, now: Instant) {
-        if let Some(replaced) = self.lanes.retry(token, at) {
+        self.go_on(token, Some(at), now);
+    }
+
+    fn go_on(&mut self, token: u64, at: Option<Instant>, now: Instant) {
+        if let Some(replaced) = self.lanes.put_back(token, at) {
             self.watermark.finish(replaced);
             self.settle(now);
         }
@@ -470,7 +587,7 @@ impl Flow {
             return false;
         }
         self.lanes.newest(&event.doc_id).is_some()
-            || self.told.last(event.doc_key()).is_some_and(|short| short != event.id.short())
+            || self.told.last(event.doc_key()).is_some_and(|short| short != event.row_id().short())
     }
 
     /// When a delivery that is held back falls due.

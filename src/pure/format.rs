@@ -6,7 +6,8 @@
 
 use std::fmt;
 
-use crate::pure::message::{Event, EventDoc, Rfc3339, Telling, WebhookId};
+use crate::pure::conflict::LeafDocs;
+use crate::pure::message::{DELETED, Event, EventDoc, Rfc3339, Telling, UPDATED, WebhookId};
 
 /// The shape of a webhook's bodies.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -141,7 +142,7 @@ fn push_cloudevent(out: &mut Vec<u8>, telling: &Telling, event: &Event) {
     push_str(out, "\",\"source\":");
     push_text(out, &telling.source);
     let event_type = event.event_type();
-    let adapters = event_type.starts_with("document.");
+    let adapters = matches!(event_type, UPDATED | DELETED);
     push_str(out, if adapters { ",\"type\":\"org.apache.couchdb." } else { ",\"type\":\"couch-hookd." });
     push_str(out, event_type);
     push_str(out, "\",");
@@ -281,6 +282,7 @@ fn push_data(out: &mut Vec<u8>, telling: &Telling, event: &Event) {
     if telling.conflicts {
         push_str(out, ",\"conflicts\":");
         serde_json::to_writer(&mut *out, &event.conflicts).expect("texts serialize");
+        push_leaf_docs(out, event.leaf_docs());
     }
     if let Some(seq) = &event.seq {
         push_str(out, ",\"seq\":");
@@ -300,6 +302,25 @@ fn push_data(out: &mut Vec<u8>, telling: &Telling, event: &Event) {
         }
     }
     out.push(b'}');
+}
+
+/// `,"conflict_docs":[{…},{…}]`, or why not.
+fn push_leaf_docs(out: &mut Vec<u8>, docs: &LeafDocs) {
+    match docs {
+        LeafDocs::Unread => {}
+        LeafDocs::Json(docs) => {
+            push_str(out, ",\"conflict_docs\":");
+            push_str(out, docs);
+        }
+        LeafDocs::Unreadable => push_str(out, ",\"conflict_docs_omitted\":{\"reason\":\"unreadable\"}"),
+        LeafDocs::TooLarge(bytes) => {
+            push_str(out, ",\"conflict_docs_omitted\":{\"reason\":\"too_large\"");
+            if let Some(bytes) = bytes {
+                push(out, format_args!(",\"bytes\":{bytes}"));
+            }
+            out.push(b'}');
+        }
+    }
 }
 
 /// The number in front of a revision: 3 of `3-9f…`.
@@ -348,6 +369,7 @@ mod tests {
             events: vec!["document.*".into()],
             include_docs: true,
             conflicts: false,
+            conflict_docs: false,
             design_docs: false,
             payload_bytes_max: 1 << 20,
             format,

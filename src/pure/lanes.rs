@@ -29,6 +29,19 @@ pub struct Pending {
     order: u64,
     /// What it has been through.
     pub trial: Trial,
+    /// What `state_db` has to know of it, and when.
+    pub stage: Stage,
+}
+
+/// Where an event stands between what is told and what is kept of conflicts; every other event is `Ready` for good.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Stage {
+    /// Something has to be stored, or found out, before it may be told.
+    Open,
+    /// May be told.
+    Ready,
+    /// Was told; something has to be stored before it is finished.
+    Told,
 }
 
 impl Pending {
@@ -75,7 +88,7 @@ impl Lane {
             let mut all = self.busy.iter_mut().chain(&mut self.waiting).chain(&mut self.behind);
             return all.find(|pending| pending.event.id == event.id);
         }
-        self.newest().filter(|newest| newest.event.id == event.id)
+        self.newest().filter(|newest| newest.event.row_id() == event.row_id())
     }
 }
 
@@ -156,7 +169,8 @@ impl Lanes {
         self.bytes += event.bytes();
         if event.is_kept() && lane.waiting.is_some() {
             let (order, trial) = (self.n_arrived, Trial::default());
-            lane.behind.push_back(Pending { event: Arc::new(event), ordinal, order, trial });
+            let stage = Stage::Ready;
+            lane.behind.push_back(Pending { event: Arc::new(event), ordinal, order, trial, stage });
             return None;
         }
         let queued = lane.busy.is_none() && lane.waiting.is_some();
@@ -164,8 +178,14 @@ impl Lanes {
             self.unqueue(at);
         }
         let lane = &mut self.lanes[at];
-        let mut pending =
-            Pending { event: Arc::new(event), ordinal, order: self.n_arrived, trial: Trial::default() };
+        // What is at work may change what is known of the document.
+        let is_open = event
+            .conflict
+            .as_ref()
+            .is_some_and(|conflict| event.is_conflicted() || lane.busy.is_some() || !conflict.wanted);
+        let (order, trial) = (self.n_arrived, Trial::default());
+        let stage = if is_open { Stage::Open } else { Stage::Ready };
+        let mut pending = Pending { event: Arc::new(event), ordinal, order, trial, stage };
         let mut finished = None;
         if let Some(old) = lane.waiting.take() {
             pending.trial = old.trial.of_successor();
@@ -236,7 +256,7 @@ impl Lanes {
             if first_held.is_some_and(|held| held < *order) {
                 break;
             }
-            if pending.trial.is_alone() {
+            if pending.trial.is_alone() || pending.stage != Stage::Ready {
                 if lanes.is_empty() || !self.strict {
                     return Picked::Alone(*at);
                 }
@@ -269,17 +289,31 @@ impl Lanes {
         Some(self.start(at, token))
     }
 
-    /// Starts a probe: the lane that was tried longest ago, due or not.
-    pub fn take_probe(&mut self, token: u64) -> Option<&mut Pending> {
+    /// What a probe takes: the lane that was tried longest ago, due or not.
+    pub fn probe_lane(&self) -> Option<LaneIndex> {
         if !self.can_probe() {
             return None;
         }
         let queued = self.ready.iter().map(|(order, at)| (*order, *at));
         let queued = queued.chain(self.held.iter().map(|((_, order), at)| (*order, *at)));
         let strict = self.strict;
-        let (_, at) =
-            queued.min_by_key(|(order, at)| (if strict { 0 } else { self.lanes[*at].tried }, *order))?;
-        Some(self.start(at, token))
+        queued
+            .min_by_key(|(order, at)| (if strict { 0 } else { self.lanes[*at].tried }, *order))
+            .map(|(_, at)| at)
+    }
+
+    /// What waits in a lane.
+    pub fn waiting_mut(&mut self, at: LaneIndex) -> Option<&mut Pending> {
+        self.lanes.get_mut(at)?.waiting.as_mut()
+    }
+
+    /// Changes the event of a busy delivery.
+    pub fn amend(&mut self, token: u64, change: impl FnOnce(&mut Event)) {
+        let Some(pending) = self.busy_mut(token) else { return };
+        let before = pending.event.bytes();
+        change(Arc::make_mut(&mut pending.event));
+        let after = pending.event.bytes();
+        self.bytes = self.bytes - before + after;
     }
 
     fn start(&mut self, at: LaneIndex, token: u64) -> &mut Pending {
@@ -318,6 +352,11 @@ impl Lanes {
     /// The delivery has to be tried again at `until`. Gives the ordinal that this finishes, when a newer revision
     /// waits and takes its place.
     pub fn retry(&mut self, token: u64, until: Instant) -> Option<u64> {
+        self.put_back(token, Some(until))
+    }
+
+    /// As [`Lanes::retry`]; without a time it may go at once.
+    pub fn put_back(&mut self, token: u64, until: Option<Instant>) -> Option<u64> {
         let at = self.busy.remove(&token)?;
         let lane = &mut self.lanes[at];
         let pending = lane.busy.take().expect("a busy lane has something busy");
@@ -338,7 +377,7 @@ impl Lanes {
                 None
             }
         };
-        lane.held_until = Some(until);
+        lane.held_until = until;
         self.queue(at);
         finished
     }
@@ -431,6 +470,7 @@ impl Lanes {
             ordinal: NO_ORDINAL,
             order: 0,
             trial: Trial::default(),
+            stage: Stage::Ready,
         })
     }
 }
@@ -474,6 +514,10 @@ impl Open {
         self.free.push(at);
     }
 
+    fn get_mut(&mut self, at: LaneIndex) -> Option<&mut Lane> {
+        self.lanes.get_mut(at)?.as_deref_mut()
+    }
+
     fn get(&self, at: LaneIndex) -> Option<&Lane> {
         self.lanes.get(at)?.as_deref()
     }
@@ -504,6 +548,7 @@ const NO_ORDINAL: u64 = u64::MAX;
 mod tests {
     use super::*;
     use crate::pure::about::About;
+    use crate::pure::conflict::Standing;
     use crate::pure::message::EventDoc;
     use crate::sys;
 
@@ -521,6 +566,8 @@ mod tests {
             doc: EventDoc::Absent,
             line: None,
             about: Some(Box::new(about)),
+            standing: Standing::Plain,
+            conflict: None,
             read_at: jiff::Timestamp::UNIX_EPOCH,
         }
     }

@@ -12,6 +12,7 @@ use ring::digest;
 
 use crate::pure::about::{self, About};
 use crate::pure::changes::{Line, Row, RowDoc};
+use crate::pure::conflict::{self, CONFLICTED, Conflict, LeafDocs, RESOLVED, Standing};
 use crate::pure::document::{Document, Head, members};
 use crate::pure::format::{self, Format};
 use crate::pure::redact::document::Redaction;
@@ -99,6 +100,10 @@ pub struct Event {
     pub doc: EventDoc,
     /// The row as CouchDB wrote it, for `format = raw`, where all of it may leave.
     pub line: Option<Box<Line>>,
+    /// What it says of the document's leaves.
+    pub standing: Standing,
+    /// What is kept of them, or read; `None` where that is nothing.
+    pub conflict: Option<Box<Conflict>>,
     /// What is told in the place of a document's change: something about ourselves.
     pub about: Option<Box<About>>,
     /// When the row was read.
@@ -106,18 +111,48 @@ pub struct Event {
 }
 
 /// `document.updated`.
-const UPDATED: &str = "document.updated";
+pub const UPDATED: &str = "document.updated";
 /// `document.deleted`.
-const DELETED: &str = "document.deleted";
+pub const DELETED: &str = "document.deleted";
 
 impl Event {
     /// The type in the payload.
     pub fn event_type(&self) -> &'static str {
-        match &self.about {
-            Some(about) => about.event_type,
-            None if self.deleted => DELETED,
-            None => UPDATED,
+        match (&self.about, self.standing) {
+            (Some(about), _) => about.event_type,
+            (None, Standing::Conflicted) => CONFLICTED,
+            (None, Standing::Resolved) => RESOLVED,
+            (None, Standing::Plain) if self.deleted => DELETED,
+            (None, Standing::Plain) => UPDATED,
         }
+    }
+
+    /// Whether the document has more than one live leaf.
+    pub fn is_conflicted(&self) -> bool {
+        self.standing == Standing::Conflicted
+    }
+
+    /// Names its document among those that are kept as conflicted.
+    pub fn conflict_key(&self) -> Option<u64> {
+        self.conflict.as_ref().and_then(|conflict| conflict.key)
+    }
+
+    /// The id that its row alone gives, whatever memory makes of it.
+    pub fn row_id(&self) -> WebhookId {
+        self.conflict.as_ref().map_or(self.id, |conflict| conflict.row_id)
+    }
+
+    /// Makes it what a letter with this id is about: the end of a conflict.
+    pub fn resolve(&mut self, id: WebhookId) {
+        let (row_id, standing) = (self.row_id(), Standing::Resolved);
+        (self.id, self.standing) = (id, standing);
+        let docs = LeafDocs::Unread;
+        self.conflict = Some(Box::new(Conflict { key: None, wanted: true, row_id, resolved_id: id, docs }));
+    }
+
+    /// Bodies of its conflicting leaves.
+    pub fn leaf_docs(&self) -> &LeafDocs {
+        self.conflict.as_ref().map_or(&LeafDocs::Unread, |conflict| &conflict.docs)
     }
 
     /// What it weighs in memory, about, in bytes.
@@ -129,7 +164,7 @@ impl Event {
         };
         let line = self.line.as_ref().map_or(0, |line| line.bytes());
         let about = self.about.as_ref().map_or(0, |about| about.data.len() + about.message.len());
-        FIXED + self.doc_id.len() + doc + line + about
+        FIXED + self.doc_id.len() + doc + line + about + self.leaf_docs().bytes()
     }
 
     /// What it adds to the body of a batch, in bytes, about: its seq and id stand there twice in some formats.
@@ -142,7 +177,7 @@ impl Event {
         let seq = self.seq.as_ref().map_or(0, |seq| seq.as_json().len());
         let conflicts: usize = self.conflicts.iter().map(|rev| rev.len() + 3).sum();
         let about = self.about.as_ref().map_or(0, |about| about.data.len());
-        FIXED + 2 * (self.doc_id.len() + seq) + conflicts + doc + about
+        FIXED + 2 * (self.doc_id.len() + seq) + conflicts + doc + about + self.leaf_docs().bytes()
     }
 
     /// Whether it is told even when something newer of the same subject follows: a state that a replication was in,
@@ -200,6 +235,8 @@ pub struct Telling {
     pub include_docs: bool,
     /// Whether live conflicts are told.
     pub conflicts: bool,
+    /// Whether the bodies of conflicting leaves go into the payload.
+    pub conflict_docs: bool,
     /// Whether design documents are told.
     pub design_docs: bool,
     /// Documents above this many bytes are left out.
@@ -222,7 +259,16 @@ impl Telling {
             return Arrived { seq, event: event.filter(|event| self.wants(event)) };
         }
         let event = self.event(row, mark, read_at);
-        Arrived { seq, event: self.wants(&event).then_some(event) }
+        // What is not wanted may still be a conflict, or the end of one.
+        let counts = self.wants(&event) || event.conflict_key().is_some();
+        Arrived { seq, event: counts.then_some(event) }
+    }
+
+    /// Whether it is kept which documents are conflicted: for whoever wants to be told that they are no more.
+    pub fn remembers(&self) -> bool {
+        self.conflicts
+            && self.watch == Watch::Changes
+            && self.events.iter().any(|pattern| matches(pattern, RESOLVED))
     }
 
     /// Whether its type is among those to be told.
@@ -243,6 +289,10 @@ impl Telling {
             RowDoc::Json(doc) => doc.take_head(),
             RowDoc::Absent | RowDoc::Null | RowDoc::TooLarge { .. } => None,
         };
+        // A body names the live leaves; a row alone lists deleted ones among them.
+        let are_leaves_known = head.is_some() || revs.len() < 2 || deleted;
+        let remembers = are_leaves_known && self.remembers();
+        let mut gone = if remembers { revs.clone() } else { Vec::new() };
         let row_rev = if revs.is_empty() { String::new() } else { revs.remove(0) };
         let (rev, deleted, mut conflicts) = match head {
             Some(Head { rev: Some(rev), deleted, conflicts }) => (rev, deleted, conflicts),
@@ -257,9 +307,45 @@ impl Telling {
         let revisions: Vec<&str> =
             std::iter::once(rev.as_str()).chain(conflicts.iter().map(String::as_str)).collect();
         let id = WebhookId::of(&(&self.webhook, &self.db, mark, &doc_id, revisions));
+        let standing = match are_leaves_known && !deleted && !conflicts.is_empty() {
+            true => Standing::Conflicted,
+            false => Standing::Plain,
+        };
         let doc = self.doc(doc, deleted);
         let line = line.filter(|_| Redaction::of_db(&self.db) == Redaction::None);
-        Event { id, doc_id, rev, conflicts, deleted, seq, doc, line, about: None, read_at }
+        let about = None;
+        let mut event = Event {
+            id,
+            doc_id,
+            rev,
+            conflicts,
+            deleted,
+            seq,
+            doc,
+            line,
+            standing,
+            conflict: None,
+            about,
+            read_at,
+        };
+        if remembers || (self.conflict_docs && event.is_conflicted()) {
+            let Telling { webhook, db, .. } = self;
+            gone.retain(|leaf| *leaf != event.rev && !event.conflicts.contains(leaf));
+            gone.sort();
+            event.conflict = Some(Box::new(Conflict {
+                key: remembers.then(|| conflict::key(webhook, db, mark, &event.doc_id)),
+                wanted: self.wants(&event),
+                row_id: event.id,
+                resolved_id: conflict::resolved_id(webhook, db, mark, &event.doc_id, &event.rev, &gone),
+                docs: LeafDocs::Unread,
+            }));
+        }
+        event
+    }
+
+    /// What may leave of a document of this database.
+    pub fn redacted(&self, doc: Document) -> Document {
+        Redaction::of_db(&self.db).apply(doc)
     }
 
     fn doc(&self, doc: RowDoc, deleted: bool) -> EventDoc {
@@ -271,7 +357,7 @@ impl Telling {
             RowDoc::Null => EventDoc::Gone,
             RowDoc::TooLarge { bytes } => EventDoc::TooLarge(bytes),
             RowDoc::Json(doc) => {
-                let doc = Redaction::of_db(&self.db).apply(doc);
+                let doc = self.redacted(doc);
                 // A raw line holds what CouchDB wrote into it.
                 if deleted && self.format != Format::Raw && !has_own_members(doc.get()) {
                     EventDoc::Absent
@@ -355,6 +441,7 @@ mod tests {
             events: vec!["document.*".into()],
             include_docs: true,
             conflicts: false,
+            conflict_docs: false,
             design_docs: false,
             payload_bytes_max: 1 << 20,
             format: Format::Standard,

@@ -3,6 +3,7 @@
 pub mod about;
 pub mod changes;
 pub mod checkpoint;
+pub mod conflict;
 pub mod dispatch;
 pub mod document;
 pub mod endpoint;

@@ -11,12 +11,14 @@ use std::time::{Duration, Instant};
 use fastrand::Rng;
 
 use crate::pure::changes::{Row, RowDoc};
+use crate::pure::conflict::{self, LeafDocs, Owed, Standing};
 use crate::pure::dispatch::batches::{Batch, Batching};
 use crate::pure::dispatch::{Action, Asked, Attempt, Dispatch, Fetched, Notice, Replayed, SuspectLetter};
+use crate::pure::document::Document;
 use crate::pure::endpoint::{self, LetterClass, Moment, Outcome, Settings, WINDOW_EVENTS};
 use crate::pure::flow::{Flow, Opened, Position, Read, ReadFault};
 use crate::pure::format::Format;
-use crate::pure::message::{Arrived, Event, Telling, Watch, WebhookId};
+use crate::pure::message::{self, Arrived, Event, Telling, Watch, WebhookId};
 use crate::pure::rate::RateLimit;
 use crate::pure::seq::Seq;
 
@@ -29,8 +31,25 @@ const STEPS: usize = 160;
 #[derive(Debug, Clone)]
 struct Update {
     doc: usize,
+    /// Of the winner.
     rev: String,
+    /// Other live leaves, sorted.
+    others: Vec<String>,
+    /// Deleted leaves.
+    gone: Vec<String>,
+    deleted: bool,
     matches: bool,
+}
+
+impl Update {
+    /// What a `webhook-id` is made of.
+    fn revs(&self) -> Vec<&str> {
+        std::iter::once(&self.rev).chain(&self.others).map(String::as_str).collect()
+    }
+
+    fn is_conflicted(&self) -> bool {
+        !self.others.is_empty()
+    }
 }
 
 /// A database. On 1.x one shard with integer seqs, else several with opaque ones.
@@ -65,9 +84,9 @@ impl Db {
         }
     }
 
-    fn write(&mut self, doc: usize, rev: String, matches: bool) {
-        let shard = doc % self.shards.len();
-        self.shards[shard].push(Update { doc, rev, matches });
+    fn write(&mut self, update: Update) {
+        let (doc, shard) = (update.doc, update.doc % self.shards.len());
+        self.shards[shard].push(update);
         self.newest.insert(doc, (shard, self.shards[shard].len() - 1));
     }
 
@@ -134,7 +153,12 @@ enum Job {
     Letter(Attempt, LetterClass),
     Checkpoint(usize, Position),
     Fetch(usize, SuspectLetter),
+    /// With the mark of the database whose place in `state_db` it is.
+    Keep(Attempt, Owed, u64),
 }
+
+/// A document of a database in one of its lives: place of the database, mark, document.
+type Known = (usize, u64, usize);
 
 #[derive(Debug, Clone, Copy, PartialEq)]
 enum Mood {
@@ -162,6 +186,9 @@ struct Seen {
     batch_crash: bool,
     replayed: bool,
     discarded: bool,
+    resolved: bool,
+    resolved_unwanted: bool,
+    crash_before_forgotten: bool,
 }
 
 struct World {
@@ -176,11 +203,13 @@ struct World {
     known: Vec<Option<u64>>,
     tellings: Vec<Telling>,
     filtered: Vec<bool>,
-    letters: BTreeMap<WebhookId, (usize, String, LetterClass)>,
+    letters: BTreeMap<WebhookId, (usize, String, LetterClass, Option<String>)>,
+    /// What was delivered or became a letter, by what its row alone says.
+    told_rows: HashSet<WebhookId>,
     /// All ids ever delivered, and the last revision told of each document.
     delivered: HashSet<WebhookId>,
-    last_told: HashMap<(usize, usize), String>,
-    first_id: HashMap<(usize, u64, String, String), WebhookId>,
+    last_told: HashMap<(usize, usize), Vec<String>>,
+    first_id: HashMap<(usize, u64, String, Vec<String>), WebhookId>,
     poison: HashMap<String, u16>,
     mood: Mood,
     calm: bool,
@@ -206,6 +235,17 @@ struct World {
     asked: HashMap<WebhookId, Asked>,
     /// Letters whose document is told at another revision, because an operator asked.
     told_otherwise: HashSet<WebhookId>,
+    /// Keys stored as conflicted, by database and mark.
+    kept: HashMap<(usize, u64), HashSet<u64>>,
+    /// Which lives' conflicts the daemon has loaded.
+    conflicts_of: Vec<Option<u64>>,
+    /// Documents of which a conflict was told and no resolution since.
+    told_conflicted: HashSet<Known>,
+    /// How often a document became conflicted, or otherwise so.
+    n_conflicts: HashMap<Known, usize>,
+    /// Of the last resolution told: its id, and what had happened by then.
+    last_resolved: HashMap<Known, (WebhookId, usize, u64, u64)>,
+    n_keeps_failed: u64,
     seen: Seen,
 }
 
@@ -235,13 +275,26 @@ impl World {
         let one = rng.u8(..4) == 0;
         let settings = settings(&mut rng);
         let filtered: Vec<bool> = (0..FLOWS).map(|_| rng.u8(..3) == 0).collect();
+        let wanted = [
+            "document.*",
+            "document.*",
+            "document.updated document.deleted document.resolved",
+            "document.conflicted document.resolved",
+            "document.updated document.deleted document.conflicted",
+        ];
+        let tells: Vec<(bool, &str)> =
+            (0..FLOWS).map(|_| (rng.bool(), *rng.choice(&wanted).unwrap())).collect();
         let tellings = (0..FLOWS).map(|flow| Telling {
             webhook: "w".into(),
             db: format!("db{flow}"),
             source: "urn:x".into(),
-            events: vec!["document.*".into()],
+            events: match tells[flow] {
+                (true, wanted) => wanted.split(' ').map(str::to_owned).collect(),
+                (false, _) => vec!["document.*".into()],
+            },
             include_docs: false,
-            conflicts: false,
+            conflicts: tells[flow].0,
+            conflict_docs: false,
             design_docs: false,
             payload_bytes_max: 1 << 20,
             format: Format::Standard,
@@ -264,6 +317,7 @@ impl World {
             known: vec![None; FLOWS],
             tellings: tellings.collect(),
             letters: BTreeMap::new(),
+            told_rows: HashSet::new(),
             delivered: HashSet::new(),
             last_told: HashMap::new(),
             first_id: HashMap::new(),
@@ -286,6 +340,12 @@ impl World {
             n_crashes: 0,
             asked: HashMap::new(),
             told_otherwise: HashSet::new(),
+            kept: HashMap::new(),
+            conflicts_of: vec![None; FLOWS],
+            told_conflicted: HashSet::new(),
+            n_conflicts: HashMap::new(),
+            last_resolved: HashMap::new(),
+            n_keeps_failed: 0,
             seen: Seen::default(),
             filtered,
             rng,
@@ -301,10 +361,12 @@ impl World {
         let flow = || Flow::new(self.strict, Duration::from_secs(60), Duration::from_secs(5));
         let flows = (0..FLOWS).map(|_| flow().with_page_rows(page_rows));
         self.dispatch = Dispatch::new(self.settings.clone(), flows.collect(), self.now);
-        let suspects = self.letters.iter().filter(|(_, (_, _, class))| *class == LetterClass::Suspect);
-        let suspects = suspects
-            .map(|(id, (flow, doc_id, _))| (*flow, SuspectLetter { id: *id, doc_id: doc_id.clone() }))
-            .collect();
+        let suspects = self.letters.iter().filter(|(_, (_, _, class, _))| *class == LetterClass::Suspect);
+        let suspects = suspects.map(|(id, (flow, doc_id, _, resolved))| {
+            (*flow, SuspectLetter { id: *id, doc_id: doc_id.clone(), resolved: resolved.clone() })
+        });
+        let suspects = suspects.collect();
+        self.conflicts_of = vec![None; FLOWS];
         self.dispatch.restore_suspects(suspects, self.now);
         self.dispatch.set_replay_pause(Duration::from_millis(*self.rng.choice(&[0, 20, 700]).unwrap()));
         self.asked.clear();
@@ -336,6 +398,12 @@ impl World {
                     self.seen.batch_crash = true;
                 }
                 Job::Letter(attempt, class) if self.rng.bool() => self.store_letter(&attempt, class),
+                Job::Keep(attempt, owed, mark) => {
+                    self.seen.crash_before_forgotten |= owed == Owed::Forget;
+                    if self.rng.bool() {
+                        self.store_kept(&attempt, owed, mark);
+                    }
+                }
                 _ => {}
             }
         }
@@ -360,23 +428,61 @@ impl World {
         let doc = self.rng.usize(..DOCS);
         let n = self.next_rev;
         self.next_rev += 1;
-        // Now and then an old revision wins again: the winner of a conflict was deleted.
         let old = self.dbs[flow].shards.concat();
         let old: Vec<&Update> = old.iter().filter(|update| update.doc == doc).collect();
-        let rev = match self.rng.choice(old) {
-            Some(update) if self.rng.u8(..8) == 0 => {
-                self.flipped.insert((flow, doc));
-                update.rev.clone()
-            }
-            _ => {
-                self.flipped.remove(&(flow, doc));
-                format!("{n}-{:x}", self.rng.u32(..))
-            }
-        };
+        let new = format!("{n}-{:x}", self.rng.u32(..));
         let matches = self.rng.u8(..3) > 0;
+        let mut update = match self.rng.choice(&old) {
+            // Now and then an old revision wins again: the winner of a conflict was deleted.
+            Some(update) if self.rng.u8(..8) == 0 => (*update).clone(),
+            _ => Update {
+                doc,
+                rev: new.clone(),
+                others: Vec::new(),
+                gone: Vec::new(),
+                deleted: false,
+                matches,
+            },
+        };
+        update.matches = matches;
+        if self.tellings[flow].conflicts
+            && let Some(winner) = self.dbs[flow].winner(doc)
+        {
+            match self.rng.u8(..8) {
+                // Another leaf, more than before or the first.
+                0 | 1 => update = Update { matches, deleted: false, ..winner.clone() },
+                2 => (update.others, update.gone) = (winner.others.clone(), winner.gone.clone()),
+                // Somebody deletes all but one: the winner stays, or another one wins.
+                3 | 4 => {
+                    let rev = self.rng.choice(winner.revs()).unwrap().to_owned();
+                    let others = Vec::new();
+                    update = Update { rev, others, matches, ..winner.clone() };
+                    update.gone.push(new.clone());
+                }
+                5 => update.deleted = update.others.is_empty(),
+                _ => {}
+            }
+            if !winner.deleted && update.rev == winner.rev && update.others == winner.others {
+                update.others.push(new);
+                update.others.sort();
+            }
+        }
+        // Who wins deleted wins over deleted ones alone.
+        update.deleted &= update.others.is_empty();
+        match old.iter().any(|old| old.revs() == update.revs()) {
+            true => self.flipped.insert((flow, doc)),
+            false => self.flipped.remove(&(flow, doc)),
+        };
         self.rolled_back.remove(&(flow, doc));
-        self.trace(&("write", flow, doc, &rev));
-        self.dbs[flow].write(doc, rev, matches);
+        self.trace(&("write", flow, doc, update.revs(), update.deleted));
+        self.put(flow, update);
+    }
+
+    fn put(&mut self, flow: usize, update: Update) {
+        if update.is_conflicted() {
+            *self.n_conflicts.entry((flow, self.dbs[flow].mark, update.doc)).or_default() += 1;
+        }
+        self.dbs[flow].write(update);
     }
 
     /// Somebody sends letters again, or deletes some.
@@ -397,7 +503,7 @@ impl World {
             return;
         }
         for id in chosen {
-            let (flow, doc_id, _) = self.letters[&id].clone();
+            let (flow, doc_id, _, resolved) = self.letters[&id].clone();
             let asked = Asked { even_if_superseded: self.rng.u8(..6) == 0 };
             if self.rng.bool() {
                 // What it refused was mended, which is why it is asked.
@@ -405,7 +511,7 @@ impl World {
             }
             self.trace(&("ask", id, asked));
             self.asked.insert(id, asked);
-            self.dispatch.ask_replay(flow, SuspectLetter { id, doc_id }, asked, self.now);
+            self.dispatch.ask_replay(flow, SuspectLetter { id, doc_id, resolved }, asked, self.now);
         }
     }
 
@@ -419,7 +525,7 @@ impl World {
         if self.rng.bool() {
             for doc in 0..DOCS {
                 if let Some(update) = old.winner(doc) {
-                    self.dbs[flow].write(doc, update.rev.clone(), update.matches);
+                    self.put(flow, update.clone());
                 }
             }
         }
@@ -441,7 +547,7 @@ impl World {
         let old = std::mem::replace(db, Db::new(true, db.mark));
         db.life = old.life + 1;
         for update in &old.shards[0][..keep] {
-            db.write(update.doc, update.rev.clone(), update.matches);
+            db.write(update.clone());
         }
         for update in &old.shards[0][keep..] {
             self.rolled_back.insert((flow, update.doc));
@@ -494,33 +600,96 @@ impl World {
         let flow = attempt.flow;
         let event = &attempt.event;
         self.delivered.insert(event.id);
-        self.first_told.entry(event.id).or_insert(self.n_crashes);
+        self.told_rows.insert(event.row_id());
+        self.first_told.entry(event.row_id()).or_insert(self.n_crashes);
         let doc: usize = event.doc_id[3..].parse().unwrap();
         // Only what belongs to the database as it is now counts as the last word; and what an operator wants told behind
         // something newer is his word, not ours.
         let is_his = attempt.replay
             && self.asked.get(&event.id).is_some_and(|asked| asked.even_if_superseded)
-            && self.dbs[flow].winner(doc).is_some_and(|winner| winner.rev != event.rev);
-        if self.id(flow, event) == event.id && !is_his {
-            self.last_told.insert((flow, doc), event.rev.clone());
+            && self.dbs[flow].winner(doc).is_some_and(|winner| winner.revs() != revs(event));
+        if self.id(flow, event) == event.row_id() && !is_his {
+            self.last_told.insert((flow, doc), owned(revs(event)));
+            self.record_conflict((flow, self.dbs[flow].mark, doc), event, attempt.replay);
         }
         self.delivered_since_checkpoint = true;
+    }
+
+    fn record_conflict(&mut self, known: Known, event: &Event, is_replay: bool) {
+        let n_conflicts = self.n_conflicts.get(&known).copied().unwrap_or(0);
+        match event.standing {
+            Standing::Plain => {}
+            Standing::Conflicted if is_replay => {}
+            Standing::Conflicted => {
+                if self.tellings[known.0].remembers() {
+                    let key = event.conflict_key().expect("it is kept");
+                    let kept = self.kept.get(&(known.0, known.1)).is_some_and(|kept| kept.contains(&key));
+                    assert!(kept, "a conflict of {known:?} is told that is not kept");
+                    self.told_conflicted.insert(known);
+                }
+            }
+            Standing::Resolved => {
+                assert!(n_conflicts > 0, "{known:?} is told to be resolved and was never conflicted");
+                self.told_conflicted.remove(&known);
+                self.seen.resolved = true;
+                self.seen.resolved_unwanted |= !self.tellings[known.0].events.contains(&"document.*".into());
+                if is_replay {
+                    return;
+                }
+                let now = (event.id, n_conflicts, self.n_crashes, self.n_keeps_failed);
+                let last = self.last_resolved.insert(known, now);
+                let since = |last: (WebhookId, usize, u64, u64)| (last.1, last.2, last.3);
+                let again = last.is_some_and(|last| last.0 != now.0 && since(last) == since(now));
+                assert!(!again, "{known:?} is told twice to be resolved, of one conflict");
+            }
+        }
+    }
+
+    /// Stored or deleted at the place of a database with this mark.
+    fn store_kept(&mut self, attempt: &Attempt, owed: Owed, mark: u64) {
+        let Some(key) = attempt.event.conflict_key() else { return };
+        let kept = self.kept.entry((attempt.flow, mark)).or_default();
+        match owed {
+            Owed::Remember => kept.insert(key),
+            Owed::Forget => kept.remove(&key),
+        };
+    }
+
+    fn is_kept(&self, flow: usize, doc: usize) -> bool {
+        let mark = self.dbs[flow].mark;
+        let key = conflict::key("w", &format!("db{flow}"), &mark.to_string(), &format!("doc{doc}"));
+        self.kept.get(&(flow, mark)).is_some_and(|kept| kept.contains(&key))
+    }
+
+    /// Whether a change is wanted for what its row alone says.
+    fn wants(&self, flow: usize, update: &Update) -> bool {
+        let event_type = match (update.is_conflicted(), update.deleted) {
+            (true, _) => "document.conflicted",
+            (false, true) => "document.deleted",
+            (false, false) => "document.updated",
+        };
+        self.tellings[flow].events.iter().any(|pattern| message::matches(pattern, event_type))
     }
 
     /// The id that an event of this document and revision has in the database as it is now.
     fn id(&self, flow: usize, event: &Event) -> WebhookId {
         let mark = self.dbs[flow].mark.to_string();
-        WebhookId::of(&("w", format!("db{flow}"), mark, &event.doc_id, [&event.rev]))
+        WebhookId::of(&("w", format!("db{flow}"), mark, &event.doc_id, revs(event)))
     }
 
     fn store_letter(&mut self, attempt: &Attempt, class: LetterClass) {
         let event = &attempt.event;
         self.seen.letter = true;
-        self.first_told.entry(event.id).or_insert(self.n_crashes);
-        self.letters.insert(event.id, (attempt.flow, event.doc_id.clone(), class));
+        self.told_rows.insert(event.row_id());
+        self.first_told.entry(event.row_id()).or_insert(self.n_crashes);
+        let resolved = (event.standing == Standing::Resolved).then(|| event.rev.clone());
+        self.letters.insert(event.id, (attempt.flow, event.doc_id.clone(), class, resolved));
         let doc: usize = event.doc_id[3..].parse().unwrap();
-        if self.id(attempt.flow, event) == event.id {
-            self.last_told.insert((attempt.flow, doc), event.rev.clone());
+        if self.id(attempt.flow, event) == event.row_id() {
+            self.last_told.insert((attempt.flow, doc), owned(revs(event)));
+            if event.standing == Standing::Resolved {
+                self.told_conflicted.remove(&(attempt.flow, self.dbs[attempt.flow].mark, doc));
+            }
         }
     }
 
@@ -552,15 +721,28 @@ impl World {
             if *at >= through[*shard] || (self.filtered[flow] && !update.matches) {
                 continue;
             }
+            let rolled_back = self.rolled_back.contains(&(flow, *doc));
+            if self.tellings[flow].remembers() && !rolled_back {
+                assert_eq!(
+                    self.is_kept(flow, *doc),
+                    update.is_conflicted(),
+                    "checkpoint {:?} of db{flow} passes doc{doc} {:?}, and what is kept of its conflict disagrees",
+                    position.through_seq,
+                    update.revs()
+                );
+            }
+            if !self.wants(flow, update) {
+                continue;
+            }
             let id = WebhookId::of(&(
                 "w",
                 format!("db{flow}"),
                 &position.mark,
                 format!("doc{doc}"),
-                [&update.rev],
+                update.revs(),
             ));
             assert!(
-                self.delivered.contains(&id) || self.letters.contains_key(&id),
+                self.told_rows.contains(&id),
                 "checkpoint {:?} of db{flow} passes doc{doc} {} which was neither delivered nor stored",
                 position.through_seq,
                 update.rev
@@ -568,22 +750,49 @@ impl World {
         }
     }
 
+    /// A document as it is now, read by itself.
+    fn fetched(&mut self, flow: usize, update: &Update, vector: &Vector) -> Event {
+        match self.arrived(flow, update, vector).event {
+            Some(event) => event,
+            None => {
+                // Not wanted by the feed: a request reads it all the same.
+                let events = std::mem::replace(&mut self.tellings[flow].events, vec!["*".into()]);
+                let event = self.arrived(flow, update, vector).event.expect("all are wanted");
+                self.tellings[flow].events = events;
+                event
+            }
+        }
+    }
+
     fn arrived(&mut self, flow: usize, update: &Update, vector: &Vector) -> Arrived {
         let null = self.rng.u8(..10) == 0;
         let db = &self.dbs[flow];
         let seq = if null { None } else { Some(db.seq(vector, &mut self.rng)) };
+        let doc = match self.tellings[flow].conflicts {
+            true => {
+                let Update { rev, others, deleted, .. } = update;
+                let doc = serde_json::json!({"_rev": rev, "_deleted": deleted, "_conflicts": others});
+                RowDoc::Json(Document::parse(doc.to_string()).unwrap())
+            }
+            false => RowDoc::Absent,
+        };
+        let revs = owned(update.revs());
+        let leaves = revs.iter().chain(&update.gone).cloned().collect();
         let row = Row {
             seq,
             id: format!("doc{}", update.doc),
-            revs: vec![update.rev.clone()],
-            deleted: false,
-            doc: RowDoc::Absent,
+            revs: if self.tellings[flow].conflicts { leaves } else { revs.clone() },
+            deleted: update.deleted,
+            doc,
             line: None,
         };
         let mark = self.dispatch.flow(flow).mark().expect("it was opened").to_owned();
         let arrived = self.tellings[flow].arrived(row, &mark, jiff::Timestamp::UNIX_EPOCH);
-        let event = arrived.event.as_ref().expect("all events are wanted");
-        let key = (flow, self.dbs[flow].mark, event.doc_id.clone(), event.rev.clone());
+        let Some(event) = &arrived.event else {
+            assert!(!self.wants(flow, update), "{update:?} is wanted");
+            return arrived;
+        };
+        let key = (flow, self.dbs[flow].mark, event.doc_id.clone(), revs);
         if mark == self.dbs[flow].mark.to_string() {
             assert_eq!(*self.first_id.entry(key).or_insert(event.id), event.id, "the id changed");
         }
@@ -679,8 +888,15 @@ impl World {
             rev: db.checkpoint.as_ref().map(|(_, n)| format!("0-{n}")),
             recreated: foreign || other,
             doc_count: db.newest.len() as u64,
+            conflicted: (self.tellings[flow].remembers() && self.conflicts_of[flow] != Some(db.mark)).then(
+                || {
+                    let kept = self.kept.get(&(flow, db.mark));
+                    kept.into_iter().flatten().copied().collect()
+                },
+            ),
             mark,
         };
+        self.conflicts_of[flow] = Some(db.mark);
         self.known[flow] = Some(db.mark);
         self.lives[flow] = db.life;
         self.trace(&(flow, &opened));
@@ -735,6 +951,15 @@ impl World {
                 }
                 self.dispatch.on_letter(attempt.token, !fails, self.now);
             }
+            Job::Keep(attempt, owed, mark) => {
+                // Said to have failed, it may be done all the same.
+                if !fails || self.rng.bool() {
+                    self.store_kept(&attempt, owed, mark);
+                }
+                self.n_keeps_failed += u64::from(fails);
+                let kept = (!fails).then_some(LeafDocs::Unread);
+                self.dispatch.on_kept(attempt.token, kept, self.now);
+            }
             Job::Checkpoint(flow, position) => {
                 let rev = if fails { None } else { self.store_checkpoint(flow, position) };
                 self.dispatch.on_checkpoint(flow, rev, self.now);
@@ -749,7 +974,10 @@ impl World {
                         match (self.dispatch.flow(flow).mark(), self.asked.get(&letter.id).copied()) {
                             (None, _) => Fetched::Failed,
                             (Some(_), asked) => {
-                                let event = self.arrived(flow, &update, &vector).event.unwrap();
+                                let mut event = self.fetched(flow, &update, &vector);
+                                if letter.resolved.as_ref() == Some(&event.rev) && !event.is_conflicted() {
+                                    event.resolve(letter.id);
+                                }
                                 if event.id != letter.id
                                     && asked.is_some_and(|asked| asked.even_if_superseded)
                                 {
@@ -759,6 +987,7 @@ impl World {
                                     Some(asked) if !asked.even_if_superseded && event.id != letter.id => {
                                         Fetched::Superseded(event.rev)
                                     }
+                                    None if !self.tellings[flow].wants(&event) => Fetched::Gone,
                                     _ => Fetched::Event(event),
                                 }
                             }
@@ -811,6 +1040,11 @@ impl World {
                 }
                 Action::LookUp(attempt) => self.jobs.push(Job::LookUp(attempt)),
                 Action::StoreLetter(attempt, class) => self.jobs.push(Job::Letter(attempt, class)),
+                Action::Keep(attempt, owed) => {
+                    assert!(self.tellings[attempt.flow].remembers(), "nothing is kept there");
+                    let mark = self.known[attempt.flow].expect("it was opened");
+                    self.jobs.push(Job::Keep(attempt, owed, mark));
+                }
                 Action::DeleteLetter(id) => {
                     let told = self.delivered.contains(&id) || self.told_otherwise.contains(&id);
                     assert!(told, "a letter went that was not delivered");
@@ -903,7 +1137,9 @@ impl World {
                     let flow = self.rng.usize(..FLOWS);
                     self.next_rev += 1;
                     self.rolled_back.remove(&(flow, DOCS));
-                    self.dbs[flow].write(DOCS, format!("{}-f", self.next_rev), true);
+                    let rev = format!("{}-f", self.next_rev);
+                    let (others, gone, deleted, matches) = (Vec::new(), Vec::new(), false, true);
+                    self.dbs[flow].write(Update { doc: DOCS, rev, others, gone, deleted, matches });
                 }
             }
         }
@@ -947,21 +1183,39 @@ impl World {
                 if self.rolled_back.contains(&(flow, doc)) {
                     continue;
                 }
+                let known = (flow, self.dbs[flow].mark, doc);
+                if self.tellings[flow].remembers() {
+                    let is_told = self.told_conflicted.contains(&known);
+                    assert!(!is_told || winner.is_conflicted(), "nobody is told that {known:?} is resolved");
+                    assert_eq!(self.is_kept(flow, doc), winner.is_conflicted(), "what is kept of {known:?}");
+                }
+                if !self.wants(flow, winner) {
+                    continue;
+                }
                 let told = self.last_told.get(&(flow, doc));
                 // A checkpoint names what is delivered by id alone. After a crash it cannot tell that since then
                 // another revision was delivered, which it had not yet named, before this one won again. So then
                 // only this is promised: it was delivered. (A receiver that goes by `webhook-id` drops a
                 // revision that wins again in any case: it has its first id.)
                 let mark = self.dbs[flow].mark.to_string();
-                let id = WebhookId::of(&("w", format!("db{flow}"), mark, format!("doc{doc}"), [&winner.rev]));
+                let id = WebhookId::of(&("w", format!("db{flow}"), mark, format!("doc{doc}"), winner.revs()));
                 let crashed_since = self.first_told.get(&id).is_some_and(|crashes| *crashes < self.n_crashes);
                 if self.flipped.contains(&(flow, doc)) && crashed_since {
                     continue;
                 }
-                assert_eq!(told, Some(&winner.rev), "the last word about doc{doc} of db{flow}");
+                assert_eq!(told, Some(&owned(winner.revs())), "the last word about doc{doc} of db{flow}");
             }
         }
     }
+}
+
+/// What the `webhook-id` of an event is made of.
+fn revs(event: &Event) -> Vec<&str> {
+    std::iter::once(&event.rev).chain(&event.conflicts).map(String::as_str).collect()
+}
+
+fn owned(texts: Vec<&str>) -> Vec<String> {
+    texts.into_iter().map(str::to_owned).collect()
 }
 
 fn run(seed: u64) -> Seen {
@@ -1020,7 +1274,7 @@ fn run_all(seeds: impl Iterator<Item = u64>) -> BTreeMap<&'static str, u64> {
 }
 
 /// What schedules must hold often enough for the simulation to mean anything, in percent.
-fn shares(seen: Seen) -> [(&'static str, bool, u8); 14] {
+fn shares(seen: Seen) -> [(&'static str, bool, u8); 17] {
     [
         ("at least 4 in flight", seen.four_in_flight, 20),
         ("a crash between delivery and checkpoint", seen.crash_before_checkpoint, 5),
@@ -1036,5 +1290,8 @@ fn shares(seen: Seen) -> [(&'static str, bool, u8); 14] {
         ("a crash with a batch in flight", seen.batch_crash, 5),
         ("a letter sent again", seen.replayed, 5),
         ("a letter discarded", seen.discarded, 5),
+        ("a conflict resolved", seen.resolved, 5),
+        ("one that was not told, or not all else", seen.resolved_unwanted, 1),
+        ("a crash while it is forgotten", seen.crash_before_forgotten, 0),
     ]
 }

@@ -108,7 +108,7 @@ fn docs(state: &mut State, name: &str, request: &Request) -> Outcome {
     let (mut total, mut n_passed, mut listed) = (0_usize, 0, Vec::new());
     for (id, doc) in db.live_docs() {
         total += 1;
-        let n_read = &mut n_read[db.shard_of(id)];
+        let n_read = &mut n_read[doc.shard];
         *n_read += 1;
         if *n_read > skip.saturating_add(limit) || listed.len() == limit || id.starts_with("_design/") {
             continue;

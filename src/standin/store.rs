@@ -132,7 +132,7 @@ impl Database {
         let shard = &mut self.shards[at];
         shard.by_seq.remove(&doc.seq);
         shard.seq += 1;
-        doc.seq = shard.seq;
+        (doc.shard, doc.seq) = (at, shard.seq);
         shard.by_seq.insert(shard.seq, id);
     }
 

@@ -101,6 +101,17 @@ pub(crate) fn wait_until_alive(couch: &StandIn) {
     assert!(couch.wait_until(WAIT_MAX, |seen| alive(&seen.winners(STATE_DB)) == 1), "no daemon is alive");
 }
 
+/// As [`wait_until_alive`], for another webhook.
+pub(crate) fn wait_until_alive_of(couch: &StandIn, webhook: &str) {
+    let says = format!("\"{webhook}\":{{");
+    let live = |seen: &Seen<'_>| {
+        seen.winners(STATE_DB)
+            .iter()
+            .any(|(id, winner)| id.starts_with("daemon:") && !winner.deleted && winner.json.contains(&says))
+    };
+    assert!(couch.wait_until(WAIT_MAX, live), "no daemon is alive for `{webhook}`");
+}
+
 fn record(couch: &StandIn) -> Value {
     serde_json::from_str(&couch.winner(STATE_DB, "webhook:orders").unwrap().json).unwrap()
 }

@@ -412,7 +412,7 @@ fn a_server_that_comes_up_again_is_waited_for() {
     let desk = desk(&couch);
     let waiting = desk.command(&["replications", "wait", "one"]).spawn().unwrap();
     let looks = "GET /_scheduler/docs/_replicator/one";
-    assert!(couch.wait_until(WAIT_MAX, |seen| seen.n_requests(looks) >= 1));
+    assert!(couch.wait_until(WAIT_MAX, |seen| seen.n_requests(looks) >= 2));
     couch.stop();
     couch.forget_replications();
     couch.start_again().unwrap();

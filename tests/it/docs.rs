@@ -166,7 +166,7 @@ fn the_schema_is_missed_by_what_it_does_not_describe() {
         "",
         "type",
         Some("document.created".into()),
-        "/type: expected one of [\"document.updated\",\"document.deleted\"], got \"document.created\"",
+        "/type: expected one of [\"document.updated\",\"document.deleted\",\"document.conflicted\",\"document.resolved\"], got \"document.created\"",
     );
 }
 
@@ -195,6 +195,7 @@ fn telling() -> Telling {
         events: vec!["document.*".to_owned()],
         include_docs: true,
         conflicts: false,
+        conflict_docs: false,
         design_docs: false,
         payload_bytes_max: 1 << 20,
         format: Format::Standard,

@@ -133,6 +133,7 @@ fn read_by_sevens(couch: &StandIn, filter: Filter) -> BTreeSet<String> {
         events: vec!["document.*".to_owned()],
         include_docs: false,
         conflicts: false,
+        conflict_docs: false,
         design_docs: false,
         payload_bytes_max: 1024,
         format: Format::Standard,
@@ -149,6 +150,7 @@ fn read_by_sevens(couch: &StandIn, filter: Filter) -> BTreeSet<String> {
                 checkpoint: None,
                 rev: None,
                 recreated: false,
+                conflicted: None,
                 doc_count: 0,
             }),
             Read::Page { since, limit } => {

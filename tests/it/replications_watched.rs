@@ -124,7 +124,9 @@ fn explain_shows_when_a_state_is_told_and_nothing_about_changes() {
     assert_eq!(setting(&said, "retry_failed"), default("off"));
     let events = setting(&said, "events").unwrap();
     assert!(events.1 == "default" && events.0.contains("replication.failed, "), "{events:?}");
-    for key in ["selector", "doc_ids", "view", "filter", "include_docs", "conflicts", "design_docs"] {
+    for key in
+        ["selector", "doc_ids", "view", "filter", "include_docs", "conflicts", "conflict_docs", "design_docs"]
+    {
         assert_eq!(setting(&said, key), None, "{key}");
     }
     let right = "server admin: asks the scheduler about `_replicator`";
@@ -138,7 +140,7 @@ fn explain_shows_when_a_state_is_told_and_nothing_about_changes() {
     let asks = "every 200ms, and when a document changed; a state counts at once; what is so at the first start is \
         known, not told";
     assert_eq!(said["facts"]["asks"], asks);
-    assert_eq!(said["facts"]["stalled"], "after 1m30s with changes pending and without progress");
+    assert_eq!(said["facts"]["stalled"], "after 90s with changes pending and without progress");
     let again = "10m after each failure, at most 3 times until it goes well";
     assert_eq!(said["facts"]["submitted again"], again);
     assert_eq!(said["events"], json!(["replication.failed"]));
@@ -167,7 +169,7 @@ fn seek_is_refused_by_the_command_and_by_a_daemon() {
     };
     assert_eq!(couch.look(|seen| requests(seen)), [""; 0]);
     // Of a command that did not look: the daemon does.
-    ask(&couch, "request:1", "seek", &json!({"to": 0}));
+    ask(&couch, "request:00000000000000000001-a", "seek", &json!({"to": 0}));
     let is_refused = couch.wait_until(WAIT_MAX, |seen| {
         requests(seen).iter().any(|json| json.contains("\"failed\"") && json.contains(refused))
     });

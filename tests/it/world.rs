@@ -233,6 +233,11 @@ impl Daemon {
         self.running = Some((child, readers.into()));
     }
 
+    /// The files in its folder: its configuration, and whatever else it should not have written.
+    pub(crate) fn files(&self) -> Vec<PathBuf> {
+        std::fs::read_dir(&self.dir.0).unwrap().map(|entry| entry.unwrap().path()).collect()
+    }
+
     /// Its process id.
     pub(crate) fn pid(&self) -> u32 {
         self.running.as_ref().expect("a daemon runs").0.id()

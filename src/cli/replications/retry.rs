@@ -47,7 +47,7 @@ pub(super) fn run(arguments: Arguments, out: &mut Out) -> Result<u8> {
         let state = look.one(&doc_id)?.map(|(entry, _)| entry.row.state.to_string());
         let state = state.map(|state| format!("`{doc_id}` is {state}: ")).unwrap_or_default();
         out.line(&format!(
-            "{state}nothing was saved, as CouchDB put nothing into the document that keeps it from trying"
+            "{state}nothing was saved; CouchDB put nothing into the document that keeps it from trying by itself"
         ))?;
         return Ok(1);
     };

@@ -55,7 +55,8 @@ pub(super) fn run(arguments: Arguments, out: &mut Out) -> Result<u8> {
     let mut pause = LOOK_FIRST;
     let mut said: Option<String> = None;
     let mut last: Option<Entry> = None;
-    loop {
+    let fault = loop {
+        let mut fault = None;
         match look.one(&doc_id) {
             Ok(None) => return Err(look.no_such(&doc_id)),
             Ok(Some((entry, doc))) => {
@@ -75,16 +76,19 @@ pub(super) fn run(arguments: Arguments, out: &mut Out) -> Result<u8> {
                 last = Some(entry);
             }
             // It is not the replication that does not answer.
-            Err(error) if last.is_some() && is_passing(error.kind()) => {}
+            Err(error) if is_passing(error.kind()) => fault = Some(error),
             Err(error) => return Err(error),
         }
         let Some(left) = until.checked_duration_since(sys::now()).filter(|left| !left.is_zero()) else {
-            break;
+            break fault;
         };
         sys::sleep(pause.min(left));
         pause = (pause * 2).min(LOOK_MAX);
-    }
+    };
     complain(&format!("`{doc_id}` has not come to its end within {timeout}"));
+    if let Some(fault) = fault {
+        return Err(fault);
+    }
     match last {
         Some(entry) => end(&entry, 1, json, out),
         None => Ok(1),

@@ -169,6 +169,7 @@ impl State {
             rev: None,
             recreated: false,
             doc_count: info.doc_count,
+            conflicted: None,
         }))
     }
 

@@ -19,6 +19,7 @@ use crate::host::standalone::{Signal, Signals};
 use crate::pipeline::complaints::Complaint;
 use crate::pipeline::dispatcher::{settings, telling};
 use crate::pipeline::webhook::{Answer, Endpoint, Job};
+use crate::pure::conflict::LeafDocs;
 use crate::pure::dispatch::{Action, Attempt, Dispatch, Fetched, Notice};
 use crate::pure::endpoint::{self, Moment, Outcome};
 use crate::pure::flow::{self, Flow, Read};
@@ -218,6 +219,8 @@ impl<'a> Shell<'a> {
                 self.out.marked_line("letter", Colour::Red, &text)?;
                 self.dispatch.on_letter(attempt.token, true, now);
             }
+            // Conflicts are not told.
+            Action::Keep(attempt, _) => self.dispatch.on_kept(attempt.token, Some(LeafDocs::Unread), now),
             Action::DeleteLetter(_) | Action::Replayed(..) => {}
             // Nothing was stored that could be sent again.
             Action::Fetch(_, letter) => self.dispatch.on_fetched(&letter, Fetched::Gone, now),

@@ -263,7 +263,7 @@ fn silence_deadline_and_length_are_limited() {
     check("/x", deadline, Kind::Timeout, "GET /x: timeout (global)");
     let length = Limits { body_bytes_max: 100, ..Limits::default() };
     let text = "GET /long: expected an answer of at most 100 bytes, got a longer one";
-    check("/long", length, Kind::Malformed, text);
+    check("/long", length, Kind::TooLong, text);
 }
 
 #[test]

@@ -137,7 +137,7 @@ impl Dispatch {
         for (part, flow) in parts {
             let retry_at = match verdict {
                 BatchVerdict::Delivered => {
-                    self.flows[flow].on_finished(part, at.now);
+                    self.finish(flow, part, at.now);
                     continue;
                 }
                 BatchVerdict::Apart | BatchVerdict::Retry { .. } => {

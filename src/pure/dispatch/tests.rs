@@ -1,7 +1,8 @@
-//! Letters that an operator sends again: their pace, their share, and what comes of each.
+//! Letters that an operator sends again: their pace, their share, and what comes of each; and conflicts, step by step.
 
 use super::*;
 use crate::pure::changes::{Row, RowDoc};
+use crate::pure::document::Document;
 use crate::pure::format::Format;
 use crate::pure::message::{Telling, Watch};
 use crate::sys;
@@ -15,21 +16,10 @@ struct World {
     ends: Vec<(message::WebhookId, Replayed)>,
     deleted: Vec<message::WebhookId>,
     unreadable: bool,
+    keeps: Vec<(Attempt, Owed)>,
 }
 
 fn event(doc_id: &str, rev: &str) -> Event {
-    let telling = Telling {
-        webhook: "w".into(),
-        db: "db".into(),
-        source: "urn:x".into(),
-        events: vec!["document.*".into()],
-        include_docs: false,
-        conflicts: false,
-        design_docs: false,
-        payload_bytes_max: 1 << 20,
-        format: Format::Standard,
-        watch: Watch::Changes,
-    };
     let row = Row {
         seq: None,
         id: doc_id.into(),
@@ -38,7 +28,38 @@ fn event(doc_id: &str, rev: &str) -> Event {
         doc: RowDoc::Absent,
         line: None,
     };
-    telling.arrived(row, "mark", jiff::Timestamp::UNIX_EPOCH).event.unwrap()
+    telling().arrived(row, "mark", jiff::Timestamp::UNIX_EPOCH).event.unwrap()
+}
+
+fn telling() -> Telling {
+    Telling {
+        webhook: "w".into(),
+        db: "db".into(),
+        source: "urn:x".into(),
+        events: vec!["document.*".into()],
+        include_docs: false,
+        conflicts: false,
+        conflict_docs: false,
+        design_docs: false,
+        payload_bytes_max: 1 << 20,
+        format: Format::Standard,
+        watch: Watch::Changes,
+    }
+}
+
+/// A row of `doc_id` under `conflicts = true`: the winner, other live leaves, deleted ones.
+fn leaves(doc_id: &str, events: &str, rev: &str, others: &[&str], gone: &[&str]) -> Arrived {
+    let doc = serde_json::json!({"_rev": rev, "_conflicts": others}).to_string();
+    let row = Row {
+        seq: None,
+        id: doc_id.into(),
+        revs: [&[rev], others, gone].concat().into_iter().map(str::to_owned).collect(),
+        deleted: false,
+        doc: RowDoc::Json(Document::parse(doc).unwrap()),
+        line: None,
+    };
+    let telling = Telling { conflicts: true, events: vec![events.into()], ..telling() };
+    telling.arrived(row, "mark", jiff::Timestamp::UNIX_EPOCH)
 }
 
 impl World {
@@ -58,10 +79,17 @@ impl World {
         let flow = Flow::new(concurrency == 1, Duration::from_secs(60), Duration::from_secs(5));
         let dispatch = Dispatch::new(settings, vec![flow], now);
         let (attempts, ends, deleted) = (Vec::new(), Vec::new(), Vec::new());
-        let mut world = World { dispatch, now, attempts, ends, deleted, unreadable: false };
+        let mut world =
+            World { dispatch, now, attempts, ends, deleted, unreadable: false, keeps: Vec::new() };
         world.poll();
-        let opened =
-            Opened { mark: "mark".into(), checkpoint: None, rev: None, recreated: false, doc_count: 0 };
+        let opened = Opened {
+            mark: "mark".into(),
+            checkpoint: None,
+            rev: None,
+            recreated: false,
+            doc_count: 0,
+            conflicted: None,
+        };
         world.dispatch.on_opened(FLOW, opened);
         world.poll();
         world
@@ -85,6 +113,10 @@ impl World {
                     }
                     Action::Replayed(id, end) => self.ends.push((id, end)),
                     Action::DeleteLetter(id) => self.deleted.push(id),
+                    Action::LookUp(attempt) => {
+                        self.dispatch.on_looked_up(attempt.token, Some(false), self.now);
+                    }
+                    Action::Keep(attempt, owed) => self.keeps.push((attempt, owed)),
                     _ => {}
                 }
             }
@@ -97,7 +129,8 @@ impl World {
     }
 
     fn ask(&mut self, doc_id: &str) {
-        let letter = SuspectLetter { id: event(doc_id, "1-a").id, doc_id: doc_id.into() };
+        let id = event(doc_id, "1-a").id;
+        let letter = SuspectLetter { id, doc_id: doc_id.into(), resolved: None };
         self.dispatch.ask_replay(FLOW, letter, Asked { even_if_superseded: false }, self.now);
         self.poll();
     }
@@ -106,6 +139,27 @@ impl World {
         let arrived = Arrived { seq: None, event: Some(event(doc_id, "2-b")) };
         self.dispatch.on_rows(FLOW, vec![arrived], self.now);
         self.poll();
+    }
+
+    fn row(&mut self, arrived: Arrived) {
+        self.dispatch.on_rows(FLOW, vec![arrived], self.now);
+        self.poll();
+    }
+
+    /// Answers the oldest order to keep something; what it was.
+    fn kept(&mut self, docs: Option<LeafDocs>) -> Owed {
+        let (attempt, owed) = self.keeps.remove(0);
+        self.dispatch.on_kept(attempt.token, docs, self.now);
+        self.poll();
+        owed
+    }
+
+    /// What is being told, and the answer to it.
+    fn tell(&mut self) -> (&'static str, message::WebhookId) {
+        let event = &self.attempts[0].event;
+        let told = (event.event_type(), event.id);
+        self.answer(200);
+        told
     }
 
     /// Answers the oldest attempt; its document.
@@ -235,4 +289,113 @@ fn a_discarded_letter_is_sent_no_more() {
     assert_eq!(world.answer(200), "d0", "what was in flight comes back");
     world.pass(Duration::from_secs(60));
     assert!(world.attempts.is_empty() && world.dispatch.n_asked() == 0);
+}
+
+const ALL: &str = "document.*";
+const DONE: Option<LeafDocs> = Some(LeafDocs::Unread);
+
+#[test]
+fn a_conflict_is_stored_before_it_is_told_and_deleted_after_its_end_was() {
+    let mut world = World::new(8);
+    world.warm_up();
+    world.row(leaves("a", ALL, "1-b", &[], &[]));
+    let (plain, first) = world.tell();
+    world.row(leaves("a", ALL, "1-b", &["1-a"], &[]));
+    assert!(world.attempts.is_empty(), "not stored yet");
+    assert_eq!(world.kept(DONE), Owed::Remember);
+    let (conflicted, second) = world.tell();
+    world.row(leaves("a", ALL, "1-b", &[], &["2-x"]));
+    assert_eq!(world.attempts.len(), 1);
+    assert!(world.keeps.is_empty(), "not told yet");
+    let (resolved, third) = world.tell();
+    assert_eq!(world.dispatch.n_pending(), 1, "not finished: it is still stored");
+    assert_eq!(world.kept(DONE), Owed::Forget);
+    assert_eq!(world.dispatch.n_pending(), 0);
+    let told = [plain, conflicted, resolved];
+    assert_eq!(told, ["document.updated", "document.conflicted", "document.resolved"]);
+    assert!(third != first && third != second, "known ids are dropped by receivers");
+    // The feed is read again: known, and nothing is told.
+    world.row(leaves("a", ALL, "1-b", &[], &["2-x"]));
+    assert!(world.attempts.is_empty() && world.dispatch.n_pending() == 0);
+    // Another conflict with the same end is another end.
+    world.row(leaves("a", ALL, "1-b", &["1-9"], &["2-x"]));
+    world.kept(DONE);
+    world.tell();
+    world.row(leaves("a", ALL, "1-b", &[], &["2-x", "2-y"]));
+    let (again, fourth) = world.tell();
+    assert_eq!(again, "document.resolved");
+    assert_ne!(fourth, third);
+}
+
+#[test]
+fn what_cannot_be_stored_is_tried_again_and_told_once() {
+    let mut world = World::new(8);
+    world.warm_up();
+    world.row(leaves("a", ALL, "1-b", &["1-a"], &[]));
+    world.kept(None);
+    assert!(world.attempts.is_empty() && world.keeps.is_empty());
+    world.pass(STORE_AGAIN);
+    world.kept(DONE);
+    world.tell();
+    world.row(leaves("a", ALL, "1-b", &[], &["2-x"]));
+    world.tell();
+    world.kept(None);
+    world.pass(STORE_AGAIN);
+    assert!(world.attempts.is_empty(), "it was told");
+    assert_eq!(world.kept(DONE), Owed::Forget);
+    assert_eq!(world.dispatch.n_pending(), 0);
+}
+
+#[test]
+fn a_change_behind_a_resolution_that_is_in_flight_is_no_second_one() {
+    let mut world = World::new(8);
+    world.warm_up();
+    world.row(leaves("a", ALL, "1-b", &["1-a"], &[]));
+    world.kept(DONE);
+    world.tell();
+    world.row(leaves("a", ALL, "1-b", &[], &["2-x"]));
+    world.row(leaves("a", ALL, "2-b", &[], &["2-x"]));
+    assert_eq!(world.tell().0, "document.resolved");
+    world.kept(DONE);
+    assert_eq!(world.tell().0, "document.updated");
+    // One that fails is replaced, and what replaces it is the end of the conflict.
+    world.row(leaves("a", ALL, "2-b", &["1-c"], &["2-x"]));
+    world.kept(DONE);
+    world.tell();
+    world.row(leaves("a", ALL, "2-b", &[], &["2-x", "2-z"]));
+    world.row(leaves("a", ALL, "3-b", &[], &["2-x", "2-z"]));
+    world.answer(500);
+    world.pass(Duration::from_secs(10));
+    assert_eq!(world.attempts[0].event.rev, "3-b");
+    assert_eq!(world.tell().0, "document.resolved");
+}
+
+#[test]
+fn a_conflict_that_is_not_wanted_is_known_all_the_same() {
+    let mut world = World::new(8);
+    world.warm_up();
+    let only = "document.resolved";
+    world.row(leaves("a", only, "1-b", &[], &[]));
+    assert!(world.attempts.is_empty() && world.dispatch.n_pending() == 0);
+    world.row(leaves("a", only, "1-b", &["1-a"], &[]));
+    assert_eq!(world.dispatch.n_pending(), 1, "the checkpoint waits");
+    world.kept(DONE);
+    assert!(world.attempts.is_empty() && world.dispatch.n_pending() == 0);
+    world.row(leaves("a", only, "1-b", &[], &["2-x"]));
+    assert_eq!(world.tell().0, only);
+}
+
+#[test]
+fn leaves_that_were_read_are_in_the_body_and_are_counted() {
+    let mut world = World::new(8);
+    world.warm_up();
+    world.row(leaves("a", ALL, "1-b", &["1-a"], &[]));
+    let before = world.dispatch.bytes();
+    world.kept(Some(LeafDocs::Json("[{\"n\":1.0}]".into())));
+    assert_eq!(world.dispatch.bytes(), before + 11);
+    let body = Telling { conflicts: true, ..telling() }.body(&world.attempts[0].event);
+    let body = String::from_utf8(body).unwrap();
+    assert!(body.contains(r#""conflicts":["1-a"],"conflict_docs":[{"n":1.0}]"#), "{body}");
+    world.tell();
+    assert_eq!(world.dispatch.bytes(), 0);
 }

@@ -18,6 +18,7 @@ fn opened(checkpoint: Option<&str>) -> Opened {
         rev: None,
         recreated: false,
         doc_count: 0,
+        conflicted: None,
     }
 }
 

@@ -843,7 +843,7 @@ fn a_rewrite_by_couchdb_is_no_edit() {
 fn a_text_holds_one_document_or_several() {
     let check = |text: &str, expected: Expect| {
         let found = match documents(text) {
-            Ok(documents) => documents.iter().map(|(place, doc)| format!("{place} {doc}\n")).collect(),
+            Ok(documents) => documents.iter().map(|(place, doc)| format!("`{place}` {doc}\n")).collect(),
             Err(finding) => finding.to_string(),
         };
         expected.assert_eq(&found);
@@ -851,26 +851,26 @@ fn a_text_holds_one_document_or_several() {
     check(
         "\u{feff}{\"a\":1}\n",
         expect![[r#"
-             {"a":1}
+            `` {"a":1}
         "#]],
     );
     check(
         "[{\"a\":1}, 5]",
         expect![[r#"
-        [0] {"a":1}
-        [1] 5
-    "#]],
+            `[0]` {"a":1}
+            `[1]` 5
+        "#]],
     );
     check(
         "{\"docs\":[{\"a\":1}]}",
         expect![[r#"
-        docs[0] {"a":1}
-    "#]],
+            `docs[0]` {"a":1}
+        "#]],
     );
     check(
         "{\"docs\":5}",
         expect![[r#"
-             {"docs":5}
+            `` {"docs":5}
         "#]],
     );
     check("[]", expect![[""]]);

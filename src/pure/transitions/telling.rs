@@ -9,6 +9,7 @@ use serde::Serialize;
 use serde_json::{Value, json};
 
 use crate::pure::about::About;
+use crate::pure::conflict::Standing;
 use crate::pure::lag::Checkpoint;
 use crate::pure::message::{Event, EventDoc, Telling, WebhookId};
 use crate::pure::rep_error::{Analysis, Class, analyze};
@@ -161,6 +162,8 @@ fn made(id: WebhookId, event_type: &'static str, key: String, at: Timestamp, dat
         rev: String::new(),
         conflicts: Vec::new(),
         deleted: false,
+        standing: Standing::Plain,
+        conflict: None,
         seq: None,
         doc: EventDoc::Absent,
         line: None,

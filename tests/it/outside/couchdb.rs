@@ -20,19 +20,20 @@ const WAIT_MAX: Duration = Duration::from_secs(40);
 const RECREATED: &str = "database.recreated";
 
 /// A real server and a database of a test's own.
-struct Real {
+pub(super) struct Real {
     /// With login.
-    url: String,
-    base: String,
+    pub(super) url: String,
+    /// Without.
+    pub(super) base: String,
     login: String,
-    db: String,
+    pub(super) db: String,
     state_db: String,
     /// Whether it knows selectors.
     selects: bool,
 }
 
 impl Real {
-    fn start(name: &str) -> Option<Real> {
+    pub(super) fn start(name: &str) -> Option<Real> {
         let Ok(url) = std::env::var("COUCHDB_URL") else {
             eprintln!("skipped: real CouchDB (COUCHDB_URL is not set)");
             return None;
@@ -53,7 +54,7 @@ impl Real {
         Some(real)
     }
 
-    fn ask(&self, method: &str, path: &str, body: &str) -> Reply {
+    pub(super) fn ask(&self, method: &str, path: &str, body: &str) -> Reply {
         let headers = [
             ("Authorization", self.login.as_str()),
             ("Content-Type", "application/json"),
@@ -89,7 +90,7 @@ impl Real {
     }
 
     /// Writes many new documents at once.
-    fn put_all(&self, docs: &[Value]) {
+    pub(super) fn put_all(&self, docs: &[Value]) {
         let body = json!({ "docs": docs }).to_string();
         let reply = self.ask("POST", &format!("/{}/_bulk_docs", self.db), &body);
         assert!((200..300).contains(&reply.status), "{reply:?}");
@@ -114,7 +115,7 @@ impl Real {
         }
     }
 
-    fn ini(&self) -> Ini {
+    pub(super) fn ini(&self) -> Ini {
         Ini::new(&self.url).hookd(&format!("state_db = {}\ncheckpoint_interval = 1s", self.state_db))
     }
 
@@ -295,4 +296,53 @@ fn what_commands_ask_for_is_done() {
     told.insert("d3".to_owned(), refused);
     real.wait_for_all(&receiver, &told, &daemon);
     assert!(desk.done(&["dead-letters", "list"]).contains("no dead letters"), "its letter is gone");
+}
+
+#[test]
+fn a_conflict_is_told_with_its_leaves_and_so_is_its_end() {
+    let Some(real) = Real::start("conflicts") else { return };
+    let receiver = receiver_with(|options| options.keep_bodies = true);
+    let loser = "1-00000000000000000000000000000001";
+    let rev = real.put("a", r#"{"n":1.0}"#, None);
+    let mut daemon = real.daemon(&receiver, "conflicts = true\nconflict_docs = true");
+    let told = |n: usize, daemon: &Daemon| {
+        assert!(receiver.wait_until(WAIT_MAX, |record| record.n_accepted() >= n), "{}", daemon.transcript());
+        receiver.look(|record| {
+            let last = record.deliveries().iter().rfind(|one| one.accepted()).unwrap();
+            (last.webhook_id.clone(), serde_json::from_slice::<Value>(&last.body).unwrap())
+        })
+    };
+    let (first, event) = told(1, &daemon);
+    assert_eq!(event["type"], "document.updated");
+    let fork = json!({"new_edits": false, "docs": [{"_id": "a", "_rev": loser, "n": 2}]}).to_string();
+    let reply = real.ask("POST", &format!("/{}/_bulk_docs", real.db), &fork);
+    assert!((200..300).contains(&reply.status), "{reply:?}");
+    let (second, event) = told(2, &daemon);
+    println!("{event}");
+    assert_eq!(event["type"], "document.conflicted");
+    assert_eq!((&event["data"]["rev"], &event["data"]["conflicts"]), (&json!(rev), &json!([loser])));
+    assert_eq!(event["data"]["conflict_docs"], json!([{"_id": "a", "_rev": loser, "n": 2}]));
+    // What ends it comes while we are down.
+    daemon.kill();
+    let reply = real.ask("DELETE", &format!("/{}/a?rev={loser}", real.db), "");
+    assert!((200..300).contains(&reply.status), "{reply:?}");
+    let before = receiver.look(|record| record.n_accepted());
+    daemon.start_again();
+    let resolved = |record: &couch_hookd::standin::record::Record| {
+        record
+            .deliveries()
+            .iter()
+            .any(|one| one.event().is_some_and(|one| one.event_type == "document.resolved"))
+    };
+    assert!(receiver.wait_until(WAIT_MAX, resolved), "{}", daemon.transcript());
+    let (third, event) = told(before + 1, &daemon);
+    println!("{event}");
+    assert_eq!((&event["data"]["rev"], &event["data"]["conflicts"]), (&json!(rev), &json!([])));
+    assert!(third != first && third != second, "{third}");
+    let until = sys::now() + WAIT_MAX;
+    let path = format!("/{}/_all_docs", real.state_db);
+    while real.ask("GET", &path, "").body.contains("\"conflict:") {
+        assert!(sys::now() < until, "it is still listed\n{}", daemon.transcript());
+        sys::sleep(Duration::from_millis(100));
+    }
 }

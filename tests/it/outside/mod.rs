@@ -6,6 +6,7 @@ pub(crate) mod beam_kills;
 pub(crate) mod cloudevents;
 pub(crate) mod couchdb;
 pub(crate) mod couchdb_kills;
+pub(crate) mod couchdb_replications;
 pub(crate) mod pouchdb;
 pub(crate) mod pouchdb_daemon;
 
