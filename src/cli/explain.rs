@@ -16,7 +16,7 @@ use crate::cli::out::{Colour, Out};
 use crate::cli::run::Source;
 use crate::cli::table::{Cell, Table};
 use crate::config::keys::short;
-use crate::config::{Filter, Webhook};
+use crate::config::{Filter, Polling, Since, Webhook};
 use crate::error::Result;
 use crate::pure::message::Watch;
 use crate::pure::{retry, url};
@@ -95,6 +95,9 @@ fn facts(webhook: &Webhook) -> Vec<(&'static str, String)> {
         ),
     ));
     facts.push(("given up", given_up(webhook)));
+    if webhook.watch == Watch::Replications {
+        facts.extend(of_replications(webhook));
+    }
     if webhook.paused {
         facts.push(("paused", "by its section (`paused = true`)".to_owned()));
     }
@@ -104,6 +107,10 @@ fn facts(webhook: &Webhook) -> Vec<(&'static str, String)> {
 fn told(webhook: &Webhook) -> String {
     if webhook.watch == Watch::Daemon {
         return format!("`{}` about couch-hookd itself", webhook.events.join("`, `"));
+    }
+    if webhook.watch == Watch::Replications {
+        let dbs = webhook.db.join("`, `");
+        return format!("`{}` of the replications in `{dbs}`", webhook.events.join("`, `"));
     }
     let mut text = format!("`{}` of `{}`", webhook.events.join("`, `"), webhook.db.join("`, `"));
     text += &match &webhook.filter {
@@ -116,6 +123,32 @@ fn told(webhook: &Webhook) -> String {
     text += if webhook.design_docs { ", design documents too" } else { ", not of design documents" };
     text += if webhook.include_docs { ", with the document" } else { ", without the document" };
     text
+}
+
+/// When a replication counts as what.
+fn of_replications(webhook: &Webhook) -> Vec<(&'static str, String)> {
+    let Polling { interval, transitions } = &webhook.polling;
+    let first = match webhook.since {
+        Since::Now => "what is so at the first start is known, not told",
+        Since::Beginning => "what is so at the first start is told once",
+    };
+    let counts = match transitions.confirm_polls {
+        1 => "a state counts at once".to_owned(),
+        n => format!("a state counts when seen {n} times in a row, `completed` and `failed` at once"),
+    };
+    let stalled =
+        format!("after {} with changes pending and without progress", short(transitions.stalled_after));
+    let again = match transitions.retry_failed {
+        None => "never: failed ones stay as they are".to_owned(),
+        Some((times, after)) => {
+            format!("{} after each failure, at most {times} times until it goes well", short(after))
+        }
+    };
+    vec![
+        ("asks", format!("every {}, and when a document changed; {counts}; {first}", short(*interval))),
+        ("stalled", stalled),
+        ("submitted again", again),
+    ]
 }
 
 /// When an event is not tried any more.

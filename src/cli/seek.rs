@@ -65,6 +65,7 @@ pub(crate) fn run(arguments: Arguments, out: &mut Out) -> Result<u8> {
     let Arguments { name, to, db, dry_run, yes, source, json } = arguments;
     let setup = Setup::load(source)?;
     let webhook = setup.webhook(&name)?;
+    obey::check_has_places(webhook)?;
     let office = Office::open(&setup)?;
     let asked = Asked { to: Some(place_value(&to)), db, ..Asked::default() };
     let steps = look(&office, webhook, &asked)?;

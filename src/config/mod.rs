@@ -32,6 +32,8 @@ use crate::pure::secret::Secret;
 use crate::pure::transitions;
 use crate::pure::url::Url;
 
+pub(crate) use crate::config::webhook::{OF_CHANGES, OF_REPLICATIONS};
+
 /// Sections that are read whatever they hold: ours, and those that say where CouchDB listens. The section of
 /// each webhook comes on top, see [`webhook_sections`].
 pub const FIXED_SECTIONS: [&str; 4] = ["hookd", "hookd.webhooks", "chttpd", "httpd"];

@@ -160,7 +160,7 @@ fn databases(reader: &mut Reader<'_>, name: &str, state_db: Option<&str>) -> Vec
 }
 
 /// Keys that say which changes of documents are told, and how.
-const OF_CHANGES: [&str; 9] = [
+pub(crate) const OF_CHANGES: [&str; 9] = [
     "selector",
     "filter",
     "filter_params",
@@ -195,6 +195,10 @@ fn check_conflicts(reader: &mut Reader<'_>, webhook: &Webhook) {
         reader.error("conflict_docs", message);
     }
 }
+
+/// Keys that say when the state of a replication is told.
+pub(crate) const OF_REPLICATIONS: [&str; 4] =
+    ["poll_interval", "confirm_polls", "stalled_after", "retry_failed"];
 
 /// What is told is no change of a document, so what says which ones, or `also`, has no meaning.
 fn no_changes(reader: &mut Reader<'_>, watch: &str, also: &[&str], format: Format) {
@@ -238,7 +242,7 @@ fn replicator_databases(reader: &mut Reader<'_>, format: Format) -> Vec<String> 
 
 fn polling(reader: &mut Reader<'_>, watch: Watch) -> Polling {
     if watch != Watch::Replications {
-        for key in ["poll_interval", "confirm_polls", "stalled_after", "retry_failed"] {
+        for key in OF_REPLICATIONS {
             if reader.is_changed(key) {
                 reader.warning(key, "has a meaning only with `watch = replications`; delete the line");
             }

@@ -19,7 +19,7 @@ use crate::error::{Context, Error, Kind, Result};
 use crate::pipeline::Shared;
 use crate::pipeline::store::change_record;
 use crate::pure::checkpoint::{Mark, Seek};
-use crate::pure::message::WebhookId;
+use crate::pure::message::{Watch, WebhookId};
 use crate::pure::seq::Seq;
 use crate::sys;
 
@@ -126,6 +126,22 @@ fn once(record: &mut WebhookRecord, request: &Request, change: impl FnOnce(&mut 
     }
 }
 
+/// Whether a webhook can be set to another place at all.
+///
+/// # Errors
+/// `BadRequest` for one that tells of replications.
+pub fn check_has_places(webhook: &config::Webhook) -> Result<()> {
+    if webhook.watch != Watch::Replications {
+        return Ok(());
+    }
+    let found = format!(
+        "webhook `{}`: `watch = replications` has no places to go to: CouchDB tells how its replications are now, not \
+         how they were; `couch-hookd replications list` shows them",
+        webhook.name
+    );
+    Err(Error::new(Kind::BadRequest, found))
+}
+
 /// Databases of a webhook that a `seek` is about, and the place in each.
 ///
 /// # Errors
@@ -224,6 +240,7 @@ fn seek(shared: &Shared, webhook: &config::Webhook, request: &Request) -> Result
     let record = match done {
         Some(record) => record,
         None => {
+            check_has_places(webhook)?;
             let marks = marks(shared, webhook, request)?;
             let mut seeks = Vec::new();
             for (db, through_seq) in places(shared, webhook, &request.arguments)? {

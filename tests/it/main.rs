@@ -31,6 +31,7 @@ mod replications_check;
 mod replications_faults;
 mod replications_kills;
 mod replications_many;
+mod replications_watched;
 mod secrets;
 mod sharing;
 mod standin;

@@ -13,11 +13,12 @@ use crate::config::{Filter, Hookd, Webhook};
 use crate::couch::client::{Generation, Server, Welcome, db_path, encoded};
 use crate::couch::feed::{Feed, FeedKind, FeedRequest};
 use crate::couch::refusal::from_json;
-use crate::couch::state_db;
-use crate::error::{Context, Kind, Result};
+use crate::couch::{scheduler, state_db};
+use crate::error::{Context, Error, Kind, Result};
 use crate::pure::checkpoint::hex;
 use crate::pure::message::Watch;
 use crate::pure::message::matches;
+use crate::pure::replication::Row;
 use crate::pure::seq::Seq;
 use crate::sys;
 
@@ -62,6 +63,9 @@ pub(crate) fn check(hookd: &Hookd, webhooks: &[Webhook], report: &mut Report<'_>
         let dbs = webhook.db.iter().filter(|_| webhook.watch == Watch::Changes);
         for db in dbs {
             check_database(&server, generation, webhook, db, report)?;
+        }
+        for db in webhook.db.iter().filter(|_| webhook.watch == Watch::Replications) {
+            check_replicator(&server, generation, webhook, db, report)?;
         }
         if generation > Generation::One {
             check_selector(webhook, report)?;
@@ -167,6 +171,58 @@ fn check_database(
         Err(error) if error.kind() == Kind::NotFound => Ok(()),
         Err(error) => report.say(Level::Error, &subject, &error.to_string()),
     }
+}
+
+/// A webhook reads the documents of its replicator database, asks the scheduler (1.x and 2.0: what runs), and keeps its
+/// checkpoint and the states it knows there. All of it is for server admins.
+fn check_replicator(
+    server: &Server,
+    generation: Generation,
+    webhook: &Webhook,
+    db: &str,
+    report: &mut Report<'_>,
+) -> Result<()> {
+    let subject = format!("webhook `{}`, database `{db}`", webhook.name);
+    let mut say = |done: Result<&str>| match done {
+        Ok(fine) => report.say(Level::Ok, &subject, fine),
+        Err(error) => report.say(Level::Error, &subject, &for_admins(server, &error)),
+    };
+    match read_feed(server, webhook, db) {
+        Err(error) if error.kind() == Kind::NotFound => {
+            let text = "does not exist; once it does its replications are told";
+            return report.say(Level::Warning, &subject, text);
+        }
+        read => say(read.map(|()| "its documents can be read"))?,
+    }
+    say(ask_scheduler(server, generation, db))?;
+    say(write_local(server, db).map(|()| "its checkpoint can be written"))
+}
+
+/// What tells how replications are: the scheduler, since 2.1.
+fn ask_scheduler(server: &Server, generation: Generation, db: &str) -> Result<&'static str> {
+    if generation > Generation::One {
+        match scheduler::docs_page(server, Some(db), 0, 1) {
+            // 2.0: no such handler, so it is taken for a database's name.
+            Err(error) if matches!(error.kind(), Kind::BadRequest | Kind::NotFound) => {}
+            asked => {
+                return asked.map(|_: scheduler::Page<Row>| "the scheduler tells how its replications are");
+            }
+        }
+    }
+    let text = "this CouchDB has no scheduler: documents and `_active_tasks` tell how replications are";
+    scheduler::tasks(server).map(|_| text)
+}
+
+/// What was refused, and to whom it would not be.
+fn for_admins(server: &Server, error: &Error) -> String {
+    if error.kind() != Kind::Forbidden {
+        return error.to_string();
+    }
+    let who = server.username().map_or_else(|| "nobody".to_owned(), |name| format!("`{name}`"));
+    format!(
+        "{error}; `watch = replications` needs a server admin, and we are {who}: give `username` and `password` of one \
+         in [hookd], or in COUCHDB_USER and COUCHDB_PASSWORD"
+    )
 }
 
 fn read_feed(server: &Server, webhook: &Webhook, db: &str) -> Result<()> {

@@ -10,6 +10,7 @@ use crate::cli::common::Setup;
 use crate::config::Webhook;
 use crate::couch::client::db_path;
 use crate::error::{Kind, Result};
+use crate::pure::message::Watch;
 
 /// One right.
 #[derive(Debug)]
@@ -35,14 +36,28 @@ pub(crate) fn ask(setup: &Setup, webhook: &Webhook) -> Vec<Right> {
         missing: None,
     }];
     for db in &webhook.db {
-        let mut what = format!("member of `{db}`: reads its changes, writes two `_local` documents");
+        let mut what = match webhook.watch {
+            Watch::Replications => format!(
+                "server admin: asks the scheduler about `{db}`, reads its documents, writes `_local` documents"
+            ),
+            Watch::Changes | Watch::Daemon => {
+                format!("member of `{db}`: reads its changes, writes two `_local` documents")
+            }
+        };
         let missing = match (exists(setup, db), needs_admin(db) && !who.is_admin) {
             (Err(error), _) if error.kind() == Kind::NotFound => {
-                what = format!("`{db}` does not exist; once it does it is read from its beginning");
+                what = match webhook.watch {
+                    Watch::Replications => {
+                        format!("`{db}` does not exist; once it does its replications are told")
+                    }
+                    _ => format!("`{db}` does not exist; once it does it is read from its beginning"),
+                };
                 None
             }
             (Err(error), _) => Some(error.to_string()),
-            (Ok(()), true) => Some("only a server admin reads it".to_owned()),
+            (Ok(()), true) => Some(
+                "only a server admin reads it; give `username` and `password` of one in [hookd]".to_owned(),
+            ),
             (Ok(()), false) => None,
         };
         rights.push(Right { what, missing });

@@ -6,7 +6,7 @@
 use crate::cli::common::Setup;
 use crate::config::finding::Value;
 use crate::config::keys::{self, KEYS, Key, Kind, Section};
-use crate::config::{Webhook, couchdb_url_from};
+use crate::config::{OF_CHANGES, OF_REPLICATIONS, Webhook, couchdb_url_from};
 use crate::pure::message::Watch;
 use crate::pure::secret::fingerprint;
 use crate::pure::url;
@@ -41,7 +41,10 @@ pub(crate) fn of(setup: &Setup, webhook: &Webhook) -> Vec<Setting> {
             all.extend(headers(setup, &own));
             continue;
         }
-        all.push(setting(key, &own, setup.raw.value(&own, key.name), || inherited(setup, webhook, key)));
+        let value = setup.raw.value(&own, key.name);
+        if value.is_some() || has_meaning(webhook, key) {
+            all.push(setting(key, &own, value, || inherited(setup, webhook, key)));
+        }
     }
     for key in KEYS.iter().filter(|key| key.section == Section::Hookd) {
         all.push(setting(key, "hookd", setup.raw.value("hookd", key.name), || {
@@ -49,6 +52,15 @@ pub(crate) fn of(setup: &Setup, webhook: &Webhook) -> Vec<Setting> {
         }));
     }
     all
+}
+
+/// Whether a key counts for what the webhook watches.
+fn has_meaning(webhook: &Webhook, key: &Key) -> bool {
+    match webhook.watch {
+        Watch::Replications => !OF_CHANGES.contains(&key.name),
+        Watch::Daemon => !OF_CHANGES.contains(&key.name) && !OF_REPLICATIONS.contains(&key.name),
+        Watch::Changes => !OF_REPLICATIONS.contains(&key.name),
+    }
 }
 
 fn setting(
@@ -71,8 +83,13 @@ fn inherited(setup: &Setup, webhook: &Webhook, key: &Key) -> (String, String) {
         (Section::Webhook, "db") if webhook.watch == Watch::Daemon => {
             (webhook.db.join(", "), "state_db".to_owned())
         }
+        (Section::Webhook, "db") if webhook.watch == Watch::Replications => {
+            (webhook.db.join(", "), default())
+        }
         (Section::Webhook, "db") => (webhook.db.join(", "), "the webhook's name".to_owned()),
-        (Section::Webhook, "events") if webhook.watch == Watch::Daemon => ("*".to_owned(), default()),
+        (Section::Webhook, "events") if webhook.watch != Watch::Changes => {
+            (webhook.events.join(", "), default())
+        }
         (Section::Webhook, "endpoint_guard" | "endpoint_allow" | "endpoint_deny") => {
             let common = keys::find(Section::Hookd, key.name).expect("the table has both");
             let common = setting(common, "hookd", setup.raw.value("hookd", key.name), || {

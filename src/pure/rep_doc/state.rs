@@ -71,19 +71,24 @@ fn check_left_state(findings: &mut Findings, value: &Value) {
             Severity::Warning,
             "CouchDB writes it itself; with this one it starts the replication all the same",
         ),
-        _ => (Severity::Error, odd_state(findings)),
+        _ => odd_state(findings),
     };
     findings.say(severity, "_replication_state", message, TAKE_AWAY);
 }
 
 /// `process_change` knows no other: a `case_clause`. Seen on 3.5.0: no replication is started any more, of no document,
-/// until CouchDB is restarted without it. 1.7.1 writes `error` into this document and goes on.
-fn odd_state(findings: &Findings) -> &'static str {
+/// until CouchDB is restarted without it. Up to 1.7.1 (`couch_replicator_manager:process_update`) the `case_clause` is
+/// caught, `error` written into this document, and with `error` it is started.
+fn odd_state(findings: &Findings) -> (Severity, &'static str) {
     match findings.version.is_at_least(2, 1) {
-        true => {
-            "is no state that CouchDB writes: with it no replication is started any more, whatever its document"
-        }
-        false => "is no state that CouchDB writes: it fails at every look at the document",
+        true => (
+            Severity::Error,
+            "is no state that CouchDB writes: with it no replication is started any more, whatever its document",
+        ),
+        false => (
+            Severity::Warning,
+            "is no state of this CouchDB: it writes `error` in its place, and then starts the replication",
+        ),
     }
 }
 
@@ -105,9 +110,9 @@ pub(crate) fn check_written(findings: &mut Findings, members: &Map<String, Value
         None => {
             let known = if is_old { &STATES[..3] } else { STATES };
             let found = if state.is_string() { "another word".to_owned() } else { shown(state) };
-            format!("expected one of `{}`, got {found}; it {}", known.join("`, `"), odd_state(findings))
+            format!("expected one of `{}`, got {found}; it {}", known.join("`, `"), odd_state(findings).1)
         }
-        Some("failed") if is_old => "`failed` is a state of 2.1 and later: older ones fail at it".to_owned(),
+        Some("failed") if is_old => format!("`failed` {}", odd_state(findings).1),
         Some(word) => {
             let missing = match word {
                 _ if !has("_replication_state_time") => "_replication_state_time",
@@ -130,5 +135,5 @@ pub(crate) fn check_written(findings: &mut Findings, members: &Map<String, Value
         true => remedy,
         false => "save the document without its `_replication_*` members, then restart CouchDB",
     };
-    findings.error("_replication_state", odd, remedy);
+    findings.say(odd_state(findings).0, "_replication_state", odd, remedy);
 }

@@ -642,7 +642,7 @@ fn a_state_that_was_left_in_is_found_before_it_is_saved() {
         "1.7.1",
         json!({"_replication_state": "failed"}),
         expect![[r#"
-        ! _replication_state: is no state that CouchDB writes: it fails at every look at the document; take all `_replication_*` members away before the document is saved
+        ? _replication_state: is no state of this CouchDB: it writes `error` in its place, and then starts the replication; take all `_replication_*` members away before the document is saved
     "#]],
     );
     check(
@@ -678,7 +678,7 @@ fn a_state_that_couchdb_wrote_is_fine_and_another_is_found() {
         "1.7.1",
         failed,
         expect![[r#"
-            ! _replication_state: `failed` is a state of 2.1 and later: older ones fail at it; save the document without its `_replication_*` members; CouchDB starts it then
+            ? _replication_state: `failed` is no state of this CouchDB: it writes `error` in its place, and then starts the replication; save the document without its `_replication_*` members; CouchDB starts it then
         "#]],
     );
     stored(
@@ -721,7 +721,7 @@ fn a_state_that_couchdb_wrote_is_fine_and_another_is_found() {
         "1.7.1",
         json!({"_replication_state": null}),
         expect![[r#"
-            ! _replication_state: expected one of `triggered`, `completed`, `error`, got `null`; it is no state that CouchDB writes: it fails at every look at the document; save the document without its `_replication_*` members; CouchDB starts it then
+            ? _replication_state: expected one of `triggered`, `completed`, `error`, got `null`; it is no state of this CouchDB: it writes `error` in its place, and then starts the replication; save the document without its `_replication_*` members; CouchDB starts it then
         "#]],
     );
     stored(
