@@ -340,10 +340,12 @@ impl Flow {
             self.notices.push(Notice::Recreated);
             self.told = Told::default();
             self.lanes.forget_waiting();
-            self.conflicted = Known::default();
         }
-        if let Some(keys) = opened.conflicted {
-            self.conflicted = Known::of(keys);
+        // Not because it is said to be another one: what is stored in this life is said once.
+        match opened.conflicted {
+            Some(keys) => self.conflicted = Known::of(keys),
+            None if other => self.conflicted = Known::default(),
+            None => {}
         }
         let checkpoint = opened.checkpoint.filter(|_| !opened.recreated);
         self.clock.opened(opened.rev, checkpoint.as_ref().map(|(through_seq, _)| through_seq));

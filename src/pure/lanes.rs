@@ -82,13 +82,15 @@ impl Lane {
     }
 
     /// The same event read before. One that may be replaced counts only while it is the newest: what won before may
-    /// win again, behind another.
+    /// win again, behind another. What a letter tells must bear the same id: it may end a conflict since.
     fn known(&mut self, event: &Event) -> Option<&mut Pending> {
         if event.is_kept() {
             let mut all = self.busy.iter_mut().chain(&mut self.waiting).chain(&mut self.behind);
             return all.find(|pending| pending.event.id == event.id);
         }
-        self.newest().filter(|newest| newest.event.row_id() == event.row_id())
+        self.newest().filter(|newest| {
+            newest.event.row_id() == event.row_id() && (newest.has_row() || newest.event.id == event.id)
+        })
     }
 }
 

@@ -142,12 +142,11 @@ impl Event {
         self.conflict.as_ref().map_or(self.id, |conflict| conflict.row_id)
     }
 
-    /// Makes it what a letter with this id is about: the end of a conflict.
+    /// Makes it what a letter with this id is about: the end of a conflict. It may be kept still that there is one.
     pub fn resolve(&mut self, id: WebhookId) {
-        let (row_id, standing) = (self.row_id(), Standing::Resolved);
-        (self.id, self.standing) = (id, standing);
-        let docs = LeafDocs::Unread;
-        self.conflict = Some(Box::new(Conflict { key: None, wanted: true, row_id, resolved_id: id, docs }));
+        let (key, row_id, docs) = (self.conflict_key(), self.row_id(), LeafDocs::Unread);
+        (self.id, self.standing) = (id, Standing::Resolved);
+        self.conflict = Some(Box::new(Conflict { key, wanted: true, row_id, resolved_id: id, docs }));
     }
 
     /// Bodies of its conflicting leaves.

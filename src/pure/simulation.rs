@@ -188,7 +188,7 @@ struct Seen {
     discarded: bool,
     resolved: bool,
     resolved_unwanted: bool,
-    crash_before_forgotten: bool,
+    crash_while_kept: bool,
 }
 
 struct World {
@@ -399,7 +399,7 @@ impl World {
                 }
                 Job::Letter(attempt, class) if self.rng.bool() => self.store_letter(&attempt, class),
                 Job::Keep(attempt, owed, mark) => {
-                    self.seen.crash_before_forgotten |= owed == Owed::Forget;
+                    self.seen.crash_while_kept = true;
                     if self.rng.bool() {
                         self.store_kept(&attempt, owed, mark);
                     }
@@ -881,12 +881,12 @@ impl World {
         let db = &self.dbs[flow];
         let mark = db.mark.to_string();
         let checkpoint = db.checkpoint.as_ref().filter(|(position, _)| position.mark == mark);
-        let foreign = db.checkpoint.is_some() && checkpoint.is_none();
-        let other = checkpoint.is_none() && self.known[flow].is_some_and(|known| known != db.mark);
+        // Said once, as `local_docs::open` does: who knows the mark has heard of it.
+        let recreated = checkpoint.is_none() && self.known[flow].is_some_and(|known| known != db.mark);
         let opened = Opened {
             checkpoint: checkpoint.map(|(at, _)| (at.through_seq.clone(), at.delivered.clone())),
             rev: db.checkpoint.as_ref().map(|(_, n)| format!("0-{n}")),
-            recreated: foreign || other,
+            recreated,
             doc_count: db.newest.len() as u64,
             conflicted: (self.tellings[flow].remembers() && self.conflicts_of[flow] != Some(db.mark)).then(
                 || {
@@ -1292,6 +1292,6 @@ fn shares(seen: Seen) -> [(&'static str, bool, u8); 17] {
         ("a letter discarded", seen.discarded, 5),
         ("a conflict resolved", seen.resolved, 5),
         ("one that was not told, or not all else", seen.resolved_unwanted, 1),
-        ("a crash while it is forgotten", seen.crash_before_forgotten, 0),
+        ("a crash while one is stored or forgotten", seen.crash_while_kept, 1),
     ]
 }

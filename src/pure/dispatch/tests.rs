@@ -16,6 +16,8 @@ struct World {
     ends: Vec<(message::WebhookId, Replayed)>,
     deleted: Vec<message::WebhookId>,
     unreadable: bool,
+    /// What the next fetch finds.
+    found: Option<Event>,
     keeps: Vec<(Attempt, Owed)>,
 }
 
@@ -79,20 +81,25 @@ impl World {
         let flow = Flow::new(concurrency == 1, Duration::from_secs(60), Duration::from_secs(5));
         let dispatch = Dispatch::new(settings, vec![flow], now);
         let (attempts, ends, deleted) = (Vec::new(), Vec::new(), Vec::new());
-        let mut world =
-            World { dispatch, now, attempts, ends, deleted, unreadable: false, keeps: Vec::new() };
+        let (unreadable, found, keeps) = (false, None, Vec::new());
+        let mut world = World { dispatch, now, attempts, ends, deleted, unreadable, found, keeps };
         world.poll();
-        let opened = Opened {
-            mark: "mark".into(),
-            checkpoint: None,
-            rev: None,
-            recreated: false,
-            doc_count: 0,
-            conflicted: None,
-        };
-        world.dispatch.on_opened(FLOW, opened);
-        world.poll();
+        world.open(false, None);
         world
+    }
+
+    fn open(&mut self, recreated: bool, conflicted: Option<Vec<u64>>) {
+        let (checkpoint, rev, doc_count) = (None, None, 0);
+        let opened = Opened { mark: "mark".into(), checkpoint, rev, recreated, doc_count, conflicted };
+        self.dispatch.on_opened(FLOW, opened);
+        self.poll();
+    }
+
+    /// Loses its connection, and remembers nothing that was told after it.
+    fn open_anew(&mut self, conflicted: Option<Vec<u64>>) {
+        self.dispatch.on_read_failed(FLOW, ReadFault::Changed, self.now);
+        self.poll();
+        self.open(true, conflicted);
     }
 
     /// Does what can be done at once: fetches succeed at the letter's own revision, `1-a`.
@@ -107,7 +114,10 @@ impl World {
                     Action::Fetch(_, letter) => {
                         let found = match self.unreadable {
                             true => Fetched::Unreadable("too large".into()),
-                            false => Fetched::Event(event(&letter.doc_id, "1-a")),
+                            false => {
+                                let found = self.found.take();
+                                Fetched::Event(found.unwrap_or_else(|| event(&letter.doc_id, "1-a")))
+                            }
                         };
                         self.dispatch.on_fetched(&letter, found, self.now);
                     }
@@ -383,6 +393,46 @@ fn a_conflict_that_is_not_wanted_is_known_all_the_same() {
     assert!(world.attempts.is_empty() && world.dispatch.n_pending() == 0);
     world.row(leaves("a", only, "1-b", &[], &["2-x"]));
     assert_eq!(world.tell().0, only);
+}
+
+#[test]
+fn what_is_kept_stays_known_when_the_feed_is_opened_again() {
+    let mut world = World::new(8);
+    world.warm_up();
+    world.row(leaves("a", ALL, "1-b", &["1-a"], &[]));
+    world.kept(DONE);
+    world.tell();
+    world.open_anew(None);
+    world.row(leaves("a", ALL, "1-b", &[], &["2-x"]));
+    assert_eq!(world.tell().0, "document.resolved");
+    assert_eq!(world.kept(DONE), Owed::Forget);
+}
+
+#[test]
+fn the_end_of_a_conflict_is_told_though_a_letter_of_its_revision_is_in_flight() {
+    for is_letter_of_the_end in [true, false] {
+        let mut world = World::new(8);
+        world.warm_up();
+        let row = || leaves("a", ALL, "1-b", &[], &["2-x"]);
+        let mut event = row().event.unwrap();
+        world.open_anew(Some(vec![event.conflict_key().unwrap()]));
+        if is_letter_of_the_end {
+            event.resolve(event.conflict.as_ref().unwrap().resolved_id);
+        }
+        let letter = SuspectLetter { id: event.id, doc_id: "a".into(), resolved: None };
+        world.found = Some(event);
+        world.dispatch.ask_replay(FLOW, letter, Asked { even_if_superseded: false }, world.now);
+        world.poll();
+        assert!(world.attempts[0].replay);
+        world.row(row());
+        if !is_letter_of_the_end {
+            assert_eq!(world.tell().0, "document.updated");
+            assert!(world.keeps.is_empty(), "its end is not told yet");
+        }
+        assert_eq!(world.tell().0, "document.resolved");
+        assert_eq!(world.kept(DONE), Owed::Forget);
+        assert!(world.attempts.is_empty() && world.dispatch.n_pending() == 0);
+    }
 }
 
 #[test]
