@@ -95,7 +95,8 @@ fn an_outage_costs_no_memory_no_letter_and_nobody_else_anything() {
     // ± 20 % of jitter, and what it takes to connect on a machine that is busy.
     assert!(noticed <= last_step.mul_f64(1.2) + Duration::from_millis(300), "noticed after {noticed:?}");
     // Beside many other tests the machine's own noise is larger than that.
-    let at_most = if long() { usual.mul_f64(1.5) } else { usual.mul_f64(1.5).max(Duration::from_millis(200)) };
+    let at_most =
+        if long() { usual.mul_f64(1.5) } else { usual.mul_f64(1.5).max(Duration::from_millis(200)) };
     assert!(meanwhile <= at_most, "{meanwhile:?} against {usual:?}");
     assert_eq!(letters(couch), [] as [serde_json::Value; 0]);
     assert_eq!(daemon.n_logged("webhook `quick`: its endpoint"), 0, "{}", daemon.transcript());
