@@ -190,7 +190,7 @@ pub fn checkpoint(server: &Server, db: &str, id: &str) -> Result<Option<serde_js
 }
 
 /// How many changes of a database of this server lie behind the place that a checkpoint holds (`source_last_seq`), or
-/// [`COUNTED_MAX`] for "at least so many" where CouchDB gives no `pending`; before 2.0 the distance of two integers, of
+/// 10,000 for "at least so many" where CouchDB gives no `pending`; before 2.0 the distance of two integers, of
 /// which documents that changed twice are a part. Filters are not known of. `None` when the database, or the place in
 /// it, is not there.
 ///

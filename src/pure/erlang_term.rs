@@ -1,7 +1,7 @@
 //! Erlang terms as CouchDB prints them (`io_lib:format("~p")`): what the reasons of failed replications are made of.
 //!
 //! Reads one term from the start of a text, over several lines, cut off or not: `{a,"b",[<<"c">>|...]}`. Guarantees
-//! to end for every text, with no more than [`DEPTH_MAX`] levels on the stack. Never decides what may be shown.
+//! to end for every text, with no more than `DEPTH_MAX` levels on the stack. Never decides what may be shown.
 
 /// Deeper terms are taken for unreadable. Real ones have about a dozen levels.
 const DEPTH_MAX: usize = 24;
