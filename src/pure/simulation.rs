@@ -378,7 +378,6 @@ impl World {
 
     fn crash(&mut self) {
         self.trace(&"crash");
-        self.n_crashes += 1;
         self.seen.crash_before_checkpoint |= self.delivered_since_checkpoint;
         // What CouchDB was already doing for us may still happen.
         for job in std::mem::take(&mut self.jobs) {
@@ -420,6 +419,8 @@ impl World {
                 self.seen.rewind = true;
             }
         }
+        // What came of its last requests above was told before it.
+        self.n_crashes += 1;
         self.start();
     }
 
