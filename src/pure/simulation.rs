@@ -1140,7 +1140,12 @@ impl World {
                     self.rolled_back.remove(&(flow, DOCS));
                     let rev = format!("{}-f", self.next_rev);
                     let (others, gone, deleted, matches) = (Vec::new(), Vec::new(), false, true);
-                    self.dbs[flow].write(Update { doc: DOCS, rev, others, gone, deleted, matches });
+                    let mut other = Update { doc: DOCS, rev, others, gone, deleted, matches };
+                    if !self.wants(flow, &other) {
+                        // Whoever wants no updates wants conflicts; what is not told shows nothing.
+                        other.others.push(format!("{}-e", self.next_rev));
+                    }
+                    self.put(flow, other);
                 }
             }
         }
@@ -1293,6 +1298,6 @@ fn shares(seen: Seen) -> [(&'static str, bool, u8); 17] {
         ("a letter discarded", seen.discarded, 5),
         ("a conflict resolved", seen.resolved, 5),
         ("one that was not told, or not all else", seen.resolved_unwanted, 1),
-        ("a crash while one is stored or forgotten", seen.crash_while_kept, 1),
+        ("a crash while one is stored or forgotten", seen.crash_while_kept, 5),
     ]
 }
