@@ -130,15 +130,8 @@ pub fn all<T>(
     }
 }
 
-/// What the scheduler says of one document; `None` when it knows none, or does not know yet what to make of it.
-///
-/// # Errors
-/// As [`docs_page`].
-pub fn doc(server: &Server, db: &str, doc_id: &str) -> Result<Option<Row>> {
-    doc_as(server, db, doc_id)
-}
-
-/// As [`doc`], as CouchDB wrote it for a [`Value`].
+/// What the scheduler says of one document, a row as a [`Row`] or as CouchDB wrote it; `None` when it knows none, or
+/// does not know yet what to make of it.
 ///
 /// # Errors
 /// As [`docs_page`].

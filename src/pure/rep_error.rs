@@ -11,8 +11,6 @@ mod tests;
 mod words;
 
 use serde::{Deserialize, Serialize};
-use serde_json::Value;
-use serde_json::value::RawValue;
 
 use crate::pure::rep_error::words::Cause;
 
@@ -92,35 +90,6 @@ pub fn analyze(raw: &str) -> Analysis {
         class: cause.class(),
         hint: cause.hint(),
         raw: clean::bound(clean::cleaned(reason), RAW_BYTES_MAX),
-    }
-}
-
-/// The reason in a scheduler's `info`: a text (2.x), or the `error` of an object (3.x). `None` for `null` and for the
-/// object of counters that a replication without a fault has.
-pub fn reason_of(info: &Value) -> Option<&str> {
-    match info {
-        Value::String(reason) => Some(reason),
-        Value::Object(members) => members.get("error").and_then(Value::as_str),
-        _ => None,
-    }
-}
-
-/// As [`reason_of`], analysed.
-pub fn analyze_info(info: &Value) -> Option<Analysis> {
-    reason_of(info).map(analyze)
-}
-
-/// As [`analyze_info`], from the JSON text of `info`. Reads nothing but `error`.
-pub fn analyze_raw_info(info: &RawValue) -> Option<Analysis> {
-    #[derive(Deserialize)]
-    #[serde(untagged)]
-    enum Info {
-        Text(String),
-        Object { error: Option<String> },
-    }
-    match serde_json::from_str(info.get()).ok()? {
-        Info::Text(reason) => Some(analyze(&reason)),
-        Info::Object { error } => error.map(|reason| analyze(&reason)),
     }
 }
 
