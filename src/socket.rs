@@ -57,7 +57,7 @@ impl Connector for Plain {
         (details.register_shutdown)(handle as Weak<dyn ShutdownHandle>)?;
         let config = details.config;
         let buffers = Buffer::new(config.input_buffer_size(), config.output_buffer_size());
-        Ok(Some(Socket { stream, buffers, read_limit: None, write_limit: None }))
+        Ok(Some(Socket { stream, buffers, read_limit: None, write_limit: None, just_read: false }))
     }
 }
 
@@ -95,6 +95,8 @@ pub struct Socket {
     buffers: Buffer,
     read_limit: Option<Duration>,
     write_limit: Option<Duration>,
+    /// Something came, and nobody has asked since whether it is still open.
+    just_read: bool,
 }
 
 impl Socket {
@@ -154,6 +156,7 @@ impl Transport for Socket {
             match (&*self.stream).read(self.buffers.input_append_buf()) {
                 Ok(n) => {
                     self.buffers.input_appended(n);
+                    self.just_read = n > 0;
                     return Ok(n > 0);
                 }
                 // Linux does not go on with a read that has a limit: we do, with what is left of it.
@@ -169,8 +172,12 @@ impl Transport for Socket {
         }
     }
 
-    /// Whether nothing has come that nobody asked for, its end least of all.
+    /// Whether nothing has come that nobody asked for, its end least of all. `ureq` asks when an answer is read and once
+    /// more before the next request: the second time counts.
     fn is_open(&mut self) -> bool {
+        if std::mem::take(&mut self.just_read) {
+            return true;
+        }
         let flags = MsgFlags::MSG_PEEK | MsgFlags::MSG_DONTWAIT;
         recv(self.stream.as_raw_fd(), &mut [0], flags) == Err(Errno::EAGAIN)
     }
