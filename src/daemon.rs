@@ -29,6 +29,7 @@ use crate::pipeline::complaints::{Complaint, Outage};
 use crate::pipeline::desk::{Ask, Desk};
 use crate::pipeline::dispatcher::{Order, Running};
 use crate::pipeline::permits::Permits;
+use crate::pipeline::reader_pool::ReaderPool;
 use crate::pure::checkpoint::StateKey;
 use crate::pure::message::Watch;
 use crate::pure::settled::Verdict;
@@ -45,6 +46,7 @@ const TICK: Duration = Duration::from_millis(50);
 const RESTART_AFTER: Duration = Duration::from_secs(5);
 /// Questions of the desk on their way.
 const ASKS_MAX: usize = 16;
+const FEED_CONNECTIONS: usize = 16;
 /// Between two tries to reach CouchDB.
 const CONNECT_AGAIN: [Duration; 5] = [
     Duration::from_millis(50),
@@ -384,6 +386,7 @@ impl Daemon {
             connection.server.stop();
         }
         self.left.extend(connection.desk.into_iter().flat_map(|desk| desk.stop().0));
+        self.left.extend(connection.shared.iter().flat_map(|shared| shared.pool.stop()));
         self.left.push(connection.thread);
         for slot in self.slots.values_mut() {
             let next = slot.next.take().or_else(|| Some(slot.webhook.clone()));
@@ -478,6 +481,7 @@ impl Daemon {
         }
         if let Some(connection) = self.connection.take() {
             connection.server.stop();
+            self.left.extend(connection.shared.iter().flat_map(|shared| shared.pool.stop()));
             self.left.push(connection.thread);
         }
         // What still hangs, in a name that does not resolve for example, ends with the process.
@@ -516,6 +520,7 @@ pub(crate) fn shared(
         source,
         permits: Arc::new(Permits::new(hookd.deliveries_max)),
         checkpoints,
+        pool: Arc::new(ReaderPool::new(server, FEED_CONNECTIONS)),
         filtered_pages: Arc::default(),
         outage: Arc::new(Outage::new(server.base_url())),
         board: Arc::default(),

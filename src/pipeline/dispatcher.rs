@@ -22,18 +22,18 @@ use crate::pipeline::Shared;
 use crate::pipeline::activation::{self, Active};
 use crate::pipeline::checkpointer::{self, Stored};
 use crate::pipeline::complaints::{Complaint, Outage};
-use crate::pipeline::feed_reader::{Fed, Reader};
+use crate::pipeline::feed_reader::Fed;
 use crate::pipeline::replay::Replays;
 use crate::pipeline::report::{InFlight, Report, Shown};
 use crate::pipeline::store::{Change, Errand, Errant, Leaves, Store};
+use crate::pipeline::subscription::Subscription;
 use crate::pipeline::webhook::{Answer, Endpoint, Job};
 use crate::pipeline::workers::Workers;
 use crate::pure::about::{self, Tell};
-use crate::pure::checkpoint::Mark;
 use crate::pure::conflict::{self, Owed};
 use crate::pure::dispatch::{Action, Attempt, Dispatch, FlowIndex, Notice};
 use crate::pure::endpoint::{self, DownReason, LetterClass, Moment, Outcome, Settings};
-use crate::pure::flow::{self, Flow, Read};
+use crate::pure::flow::{self, Flow};
 use crate::pure::message::{Arrived, Telling, Watch, WebhookId};
 use crate::pure::snapshot::State;
 use crate::pure::table::Table;
@@ -306,11 +306,7 @@ struct Dispatcher<'a> {
     shared: &'a Shared,
     webhook: &'a config::Webhook,
     dispatch: Dispatch,
-    marks: Vec<Option<Mark>>,
-    lives: Vec<Option<String>>,
-    /// The last seek of each database, which its checkpoints name.
-    seeks: Vec<Option<String>>,
-    readers: Vec<Reader>,
+    subscriptions: Vec<Subscription>,
     store: Store,
     endpoint: Arc<Endpoint>,
     workers: Workers<Job>,
@@ -318,9 +314,6 @@ struct Dispatcher<'a> {
     failures: HashMap<WebhookId, Failure>,
     /// Why the last attempt without an answer got none.
     no_answer: String,
-    complaints: Vec<Complaint>,
-    /// Answers cut off since a request last ended as it should.
-    n_cuts: Vec<u32>,
     n_letters: u64,
     letters_max: u64,
     replays: Replays,
@@ -328,7 +321,6 @@ struct Dispatcher<'a> {
     bytes: usize,
     stop: Option<Stopping>,
     channels: Channels,
-    tellings: Arc<Vec<Telling>>,
     /// Whether it was told that deliveries arrive.
     is_told_up: bool,
     /// `watch = daemon`: CouchDB itself cannot be reached, and that was told.
@@ -354,8 +346,6 @@ struct Channels {
 impl<'a> Dispatcher<'a> {
     fn start(shared: &'a Shared, webhook: &'a config::Webhook, active: Active) -> Result<Dispatcher<'a>> {
         let n = webhook.db.len();
-        let tellings: Vec<Telling> =
-            webhook.db.iter().map(|db| telling(&shared.source, webhook, db)).collect();
         let channels = Channels {
             done: bounded(webhook.concurrency),
             stored: bounded(n),
@@ -375,14 +365,15 @@ impl<'a> Dispatcher<'a> {
         });
         let mut dispatch = Dispatch::new(settings(webhook), flows.collect(), sys::now());
         dispatch.restore_suspects(active.suspects, sys::now());
-        let readers = tellings.iter().enumerate().map(|(flow, telling)| {
-            let seek = active.record.seeks.get(&telling.db).cloned();
-            Reader::start(shared, webhook, telling.clone(), seek, flow, channels.fed.0.clone())
+        let subscriptions = webhook.db.iter().enumerate().map(|(flow, db)| {
+            let mark = active.record.databases.get(db).copied();
+            let seek = active.record.seeks.get(db).cloned();
+            let telling = telling(&shared.source, webhook, db);
+            Subscription::named(shared, webhook, telling, mark, seek, flow, &channels.fed.0)
         });
-        let readers = readers.collect::<Result<_>>()?;
-        let store = Store::start(shared, webhook, tellings.clone(), channels.errants.0.clone())?;
-        let tellings = Arc::new(tellings);
-        let workers = workers(shared, webhook, &endpoint, &tellings, channels.done.0.clone());
+        let subscriptions = subscriptions.collect::<Result<_>>()?;
+        let store = Store::start(shared, webhook, channels.errants.0.clone())?;
+        let workers = workers(shared, webhook, &endpoint, channels.done.0.clone());
         if webhook.watch == Watch::Daemon && !shared.said_started.swap(true, Ordering::Relaxed) {
             store.tell(about::started(env!("CARGO_PKG_VERSION"), sys::wall()));
         }
@@ -390,21 +381,12 @@ impl<'a> Dispatcher<'a> {
         active.replays.into_iter().for_each(|request| replays.ask(request));
         Ok(Dispatcher {
             replays,
-            report: Report::new(n),
+            report: Report::new(),
             letters_max: active.letters_max,
-            seeks: webhook
-                .db
-                .iter()
-                .map(|db| active.record.seeks.get(db).map(|seek| seek.request.clone()))
-                .collect(),
-            marks: webhook.db.iter().map(|db| active.record.databases.get(db).copied()).collect(),
-            lives: vec![None; n],
-            complaints: (0..n).map(|_| Complaint::default()).collect(),
-            n_cuts: vec![0; n],
             shared,
             webhook,
             dispatch,
-            readers,
+            subscriptions,
             store,
             endpoint,
             workers,
@@ -415,7 +397,6 @@ impl<'a> Dispatcher<'a> {
             bytes: 0,
             stop: None,
             channels,
-            tellings,
             is_told_up: false,
             is_couchdb_lost: false,
         })
@@ -520,7 +501,7 @@ impl<'a> Dispatcher<'a> {
         }
         let now = sys::now();
         self.dispatch.halt();
-        self.readers.iter().for_each(Reader::close);
+        self.subscriptions.iter().for_each(Subscription::close);
         let deliveries_until = now + deliveries;
         let until = deliveries_until + checkpoint;
         self.stop = Some(Stopping { deliveries_until, until, hurry: checkpoint, cut: false });
@@ -618,24 +599,29 @@ impl<'a> Dispatcher<'a> {
         let now = sys::now();
         match fed {
             Fed::Opened { flow, opened, mark, life } => {
-                if self.marks[flow] != Some(mark) {
-                    self.marks[flow] = Some(mark);
-                    self.store.order(Errand::Record(Change::Mark(self.webhook.db[flow].clone(), mark)));
+                let subscription = &mut self.subscriptions[flow];
+                subscription.life = life;
+                if subscription.mark.replace(mark) != Some(mark) {
+                    self.store.order(Errand::Record(Change::Mark(subscription.db().to_owned(), mark)));
                 }
-                self.lives[flow] = life;
-                self.report.feed_opened(flow);
+                self.report.feed_opened(subscription.db());
                 self.dispatch.on_opened(flow, opened);
                 self.shared.outage.over();
                 if std::mem::take(&mut self.is_couchdb_lost) {
                     self.store.tell(about::couchdb_recovered(sys::wall()));
                 }
             }
+            Fed::Back(flow, reading, fed) => {
+                self.subscriptions[flow].take_back(reading);
+                self.on_fed(*fed);
+            }
             Fed::Rows(flow, rows) => self.dispatch.on_rows(flow, rows, now),
             Fed::End { flow, last_seq, pending, closed } => {
                 // Opened, and even rows, may be followed by the same fault at the same place.
                 if !closed {
-                    self.n_cuts[flow] = 0;
-                    if self.complaints[flow].over() {
+                    let subscription = &mut self.subscriptions[flow];
+                    subscription.n_cuts = 0;
+                    if subscription.complaint.over() {
                         log::info!("{}: reading again", self.place(flow));
                         self.tell_feed(flow, about::FEED_RECOVERED, "read again");
                     }
@@ -643,7 +629,7 @@ impl<'a> Dispatcher<'a> {
                 self.dispatch.on_end(flow, last_seq, pending, closed, now);
             }
             Fed::Failed(flow, fault, error) => {
-                self.report.feed_failed(flow, error.as_ref());
+                self.report.feed_failed(self.subscriptions[flow].db(), error.as_ref());
                 if let Some(error) = error.filter(|_| self.stop.is_none()) {
                     self.complain(flow, &error, "");
                     if self.webhook.watch == Watch::Daemon && Outage::concerns(&error) {
@@ -661,9 +647,10 @@ impl<'a> Dispatcher<'a> {
             return;
         }
         let cut = error.kind() == Kind::Cut;
-        self.n_cuts[flow] += u32::from(cut);
+        let subscription = &mut self.subscriptions[flow];
+        subscription.n_cuts += u32::from(cut);
         // One cut is how a server that stops, or a proxy that has waited long enough, ends a request: no news yet.
-        if (cut && self.n_cuts[flow] == 1) || !self.complaints[flow].is_news(error.kind(), sys::now()) {
+        if (cut && subscription.n_cuts == 1) || !subscription.complaint.is_news(error.kind(), sys::now()) {
             log::debug!("{}: {what}{error}", self.place(flow));
             return;
         }
@@ -696,7 +683,7 @@ impl<'a> Dispatcher<'a> {
 
     fn tell_feed(&self, flow: FlowIndex, event_type: &'static str, message: &str) {
         if self.is_watched() {
-            let (webhook, db) = (&self.webhook.name, &self.webhook.db[flow]);
+            let (webhook, db) = (&self.webhook.name, self.subscriptions[flow].db());
             self.store.tell(Tell::of_feed(webhook, db, event_type, sys::wall(), message));
         }
     }
@@ -712,14 +699,15 @@ impl<'a> Dispatcher<'a> {
             return;
         }
         let n = u64::from_be_bytes(sys::random_bytes());
-        let event = about::couchdb_lost(&self.tellings[flow], &mark, n, sys::wall(), error.cause());
-        if self.tellings[flow].wants(&event) {
+        let telling = &self.subscriptions[flow].telling;
+        let event = about::couchdb_lost(telling, &mark, n, sys::wall(), error.cause());
+        if telling.wants(&event) {
             self.dispatch.on_rows(flow, vec![Arrived { seq: None, event: Some(event) }], now);
         }
     }
 
     fn place(&self, flow: FlowIndex) -> String {
-        format!("webhook `{}`, database `{}`", self.webhook.name, self.webhook.db[flow])
+        format!("webhook `{}`, database `{}`", self.webhook.name, self.subscriptions[flow].db())
     }
 
     // --- Actions -----------------------------------------------------------------------------------------
@@ -727,12 +715,19 @@ impl<'a> Dispatcher<'a> {
     fn act(&mut self, action: Action, now: Instant) {
         match action {
             Action::Read(flow, read) => {
-                let known = if read == Read::Open { self.marks[flow] } else { None };
-                self.readers[flow].read(read, known);
+                if let Err(error) = self.subscriptions[flow].read(self.shared, read) {
+                    log::error!("{}: {error}", self.place(flow));
+                }
             }
-            Action::Close(flow) => self.readers[flow].close(),
-            Action::Attempt(attempt) => self.deliver(attempt.event.id, Job::One(attempt)),
-            Action::Batch(batch) => self.deliver(batch.id, Job::Batch(batch)),
+            Action::Close(flow) => self.subscriptions[flow].close(),
+            Action::Attempt(attempt) => {
+                let telling = self.telling(attempt.flow);
+                self.deliver(attempt.event.id, Job::One(attempt, telling));
+            }
+            Action::Batch(batch) => {
+                let tellings = batch.parts.iter().map(|part| self.telling(part.flow)).collect();
+                self.deliver(batch.id, Job::Batch(batch, tellings));
+            }
             Action::LookUp(attempt) => self.store.order(Errand::LookUp(attempt.token, attempt.event.id)),
             Action::StoreLetter(attempt, class) => self.store_letter(&attempt, class, now),
             Action::Keep(attempt, owed) => self.keep(&attempt, owed),
@@ -743,26 +738,28 @@ impl<'a> Dispatcher<'a> {
             Action::Replayed(id, end) => self.replays.on_replayed(&id, &end),
             Action::Fetch(flow, letter) => {
                 // A flow that was never opened has no mark yet; the letter's document can wait.
-                match (self.marks[flow], self.replays.letter(&letter.id)) {
+                let telling = self.telling(flow);
+                match (self.subscriptions[flow].mark, self.replays.letter(&letter.id)) {
                     (Some(mark), Some((stored, asked))) => {
                         let stored = Box::new(stored.clone());
-                        self.store.order(Errand::FetchLetter(flow, stored, mark, asked));
+                        self.store.order(Errand::FetchLetter(telling, stored, mark, asked));
                     }
-                    (Some(mark), None) => self.store.order(Errand::Fetch(flow, letter, mark)),
+                    (Some(mark), None) => self.store.order(Errand::Fetch(telling, letter, mark)),
                     (None, _) => {
                         self.dispatch.on_fetched(&letter, crate::pure::dispatch::Fetched::Failed, now)
                     }
                 }
             }
             Action::StoreCheckpoint(flow, position) => {
+                let subscription = &self.subscriptions[flow];
                 let job = checkpointer::Job {
                     server: self.shared.server.clone(),
-                    db: self.webhook.db[flow].clone(),
+                    db: subscription.db().to_owned(),
                     webhook: self.webhook.name.clone(),
                     key: self.shared.key.clone(),
                     position,
-                    seek: self.seeks[flow].clone(),
-                    life: self.lives[flow].clone(),
+                    seek: subscription.seek.clone(),
+                    life: subscription.life.clone(),
                     hurry: self.stop.map(|stop| stop.hurry),
                     flow,
                     to: self.channels.stored.0.clone(),
@@ -773,6 +770,10 @@ impl<'a> Dispatcher<'a> {
             }
             Action::Say(notice) => self.say(notice),
         }
+    }
+
+    fn telling(&self, flow: FlowIndex) -> Arc<Telling> {
+        Arc::clone(&self.subscriptions[flow].telling)
     }
 
     fn deliver(&mut self, id: WebhookId, job: Job) {
@@ -788,15 +789,16 @@ impl<'a> Dispatcher<'a> {
 
     fn keep(&mut self, attempt: &Attempt, owed: Owed) {
         let (flow, event) = (attempt.flow, &attempt.event);
-        let mark = self.marks[flow].expect("a feed that gave rows was opened");
-        let place = conflict::place(&self.webhook.name, &self.webhook.db[flow], &mark.to_string());
+        let telling = self.telling(flow);
+        let mark = self.subscriptions[flow].mark.expect("a feed that gave rows was opened");
+        let place = conflict::place(&self.webhook.name, &telling.db, &mark.to_string());
         let kept_at = event.conflict_key().map(|key| conflict::id(&place, key));
         self.store.order(match (owed, kept_at) {
             (Owed::Forget, Some(id)) => Errand::Forget(attempt.token, id),
             (_, kept_at) => {
                 let revs = std::iter::once(&event.rev).chain(&event.conflicts).cloned().collect();
                 let (doc_id, read_at) = (event.doc_id.clone(), event.read_at);
-                Errand::Remember(attempt.token, Box::new(Leaves { flow, doc_id, revs, kept_at, read_at }))
+                Errand::Remember(attempt.token, Box::new(Leaves { telling, doc_id, revs, kept_at, read_at }))
             }
         });
     }
@@ -804,11 +806,12 @@ impl<'a> Dispatcher<'a> {
     fn store_letter(&mut self, attempt: &Attempt, class: LetterClass, _now: Instant) {
         let event = &attempt.event;
         let failure = self.failures.get(&event.id);
-        let mark = self.marks[attempt.flow].expect("a feed that gave rows was opened");
+        let subscription = &self.subscriptions[attempt.flow];
+        let mark = subscription.mark.expect("a feed that gave rows was opened");
         let letter = DeadLetter {
             id: event.id.to_string(),
             webhook: self.webhook.name.clone(),
-            db: self.webhook.db[attempt.flow].clone(),
+            db: subscription.db().to_owned(),
             mark,
             doc_id: event.doc_id.clone(),
             rev: event.rev.clone(),
@@ -906,14 +909,14 @@ impl<'a> Dispatcher<'a> {
         let reason = format!("more than {max} dead letters");
         self.store.order(Errand::Record(Change::Paused(reason)));
         self.dispatch.halt();
-        self.readers.iter().for_each(Reader::close);
+        self.subscriptions.iter().for_each(Subscription::close);
     }
 
     /// Goes on with letters that are sent again; whether the machine has to be asked again at once.
     fn go_on_replaying(&mut self, now: Instant) -> bool {
-        let (db, store) = (&self.webhook.db, &self.store);
+        let (subscriptions, store) = (&self.subscriptions, &self.store);
         let n_asked = self.dispatch.n_asked();
-        let flow = |name: &str| db.iter().position(|db| db == name);
+        let flow = |name: &str| subscriptions.iter().position(|subscription| subscription.db() == name);
         self.replays.go_on(&mut self.dispatch, flow, |errand| store.order(errand), now);
         self.dispatch.n_asked() > n_asked
     }
@@ -927,7 +930,7 @@ impl<'a> Dispatcher<'a> {
     /// Says how the webhook is, from time to time.
     fn report(&mut self, now: Instant) {
         if self.report.is_due(now) {
-            let status = self.report.status(self.webhook, &mut self.dispatch, now);
+            let status = self.report.status(&mut self.dispatch, now);
             self.shared.board.post(&self.webhook.name, status);
         }
     }
@@ -959,7 +962,8 @@ impl<'a> Dispatcher<'a> {
     fn end(self) -> Vec<Thread> {
         self.shared.permits.hold_bytes(self.bytes, 0);
         self.endpoint.shut_down();
-        let mut threads: Vec<Thread> = self.readers.into_iter().map(Reader::stop).collect();
+        let mut threads: Vec<Thread> =
+            self.subscriptions.into_iter().filter_map(Subscription::stop).collect();
         threads.push(self.store.stop());
         threads.extend(self.workers.stop());
         // Whoever is about to send to us finds nobody and ends.
@@ -979,15 +983,14 @@ fn workers(
     shared: &Shared,
     webhook: &config::Webhook,
     endpoint: &Arc<Endpoint>,
-    tellings: &Arc<Vec<Telling>>,
     done: Sender<Done>,
 ) -> Workers<Job> {
-    let (endpoint, tellings) = (Arc::clone(endpoint), Arc::clone(tellings));
+    let endpoint = Arc::clone(endpoint);
     let permits = Arc::clone(&shared.permits);
     let name = format!("worker:{}", webhook.name);
     Workers::new(name, webhook.concurrency, WORKER_IDLE, move |job: Job| {
         let token = job.token();
-        let deliver = AssertUnwindSafe(|| endpoint.deliver(&tellings, &job));
+        let deliver = AssertUnwindSafe(|| endpoint.deliver(&job));
         // The panic was logged by its hook; the event must not hang for it.
         let answer = catch_unwind(deliver)
             .unwrap_or_else(|_| Answer { outcome: Outcome::Broken, text: "we panicked".to_owned() });

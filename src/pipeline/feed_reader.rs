@@ -1,4 +1,4 @@
-//! A subscription's thread: reads one thing of a database when told to, and hands it on.
+//! Reads one thing of a database when told to, and hands it on: a subscription's own thread, or one of the pool's.
 //!
 //! Guarantees (DESIGN §7) that mark, then checkpoint, are read before a feed is opened anew, and the mark before
 //! every further request, on 1.x with the server's life; that rows are handed on after every read; that an
@@ -6,6 +6,7 @@
 //! when is `pure::flow`'s.
 
 use std::collections::HashMap;
+use std::fmt;
 use std::ops::ControlFlow;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -70,9 +71,11 @@ pub enum Fed {
     },
     /// The end of it, or of the opening, by a fault.
     Failed(FlowIndex, ReadFault, Option<Error>),
+    /// One of these, of a subscription without a thread of its own: it is read with this again.
+    Back(FlowIndex, Box<Reading>, Box<Fed>),
 }
 
-/// A running reader.
+/// A subscription's own thread.
 pub struct Reader {
     commands: Sender<(Read, Option<Mark>)>,
     closer: FeedCloser,
@@ -81,55 +84,31 @@ pub struct Reader {
 }
 
 impl Reader {
-    /// Starts the thread; it reads nothing yet. `seek` is what the webhook's record says of the database.
+    /// Starts the thread; it reads nothing yet.
     ///
     /// # Errors
     /// `Io` when no thread can be started.
-    pub fn start(
-        shared: &Shared,
-        webhook: &config::Webhook,
-        telling: Telling,
-        seek: Option<Seek>,
-        flow: FlowIndex,
-        to: Sender<Fed>,
-    ) -> Result<Reader> {
-        let feed = Feed::new(&shared.server);
+    pub fn start(mut reading: Reading) -> Result<Reader> {
+        let mut feed = Feed::new(&reading.shared.server);
         let closer = feed.closer();
-        let (commands, orders) = bounded(1);
-        let stopping = Arc::new(AtomicBool::new(false));
-        let name = format!("feed:{}/{}", webhook.name, telling.db);
-        let monitor = (webhook.watch == Watch::Replications).then(|| {
-            let looking = Looking {
-                server: shared.server.clone(),
-                key: shared.key.clone(),
-                telling: telling.clone(),
-                polling: webhook.polling,
-                seek: seek.clone(),
-                stopping: Arc::clone(&stopping),
-            };
-            Monitor::new(looking, &shared.hookd)
-        });
-        let state = State {
-            shared: shared.clone(),
-            filter: webhook.filter.clone(),
-            telling,
-            monitor,
-            seek,
-            flow,
-            to,
-            feed,
-            opened: None,
-            generation: Generation::Three,
-            misses: 0,
-            unknown_since: None,
-            conflicts_of: None,
-            stopping: Arc::clone(&stopping),
-        };
-        let thread = sys::spawn(&name, move || state.run(&orders))?;
+        let (commands, orders) = bounded::<(Read, Option<Mark>)>(1);
+        let stopping = Arc::clone(&reading.stopping);
+        let name = format!("feed:{}/{}", reading.telling.webhook, reading.telling.db);
+        let thread = sys::spawn(&name, move || {
+            while let Ok((read, known_mark)) = orders.recv() {
+                if reading.stopping.load(Ordering::SeqCst) {
+                    return;
+                }
+                let fed = reading.read(&mut feed, read, known_mark.as_ref());
+                if reading.to.send(fed).is_err() {
+                    return;
+                }
+            }
+        })?;
         Ok(Reader { commands, closer, stopping, thread: Some(thread) })
     }
 
-    /// Orders one reading; never waits. `known_mark` is what the webhook's record says of the database.
+    /// Orders one reading; never waits. `known_mark` is what is known of the database.
     pub fn read(&self, read: Read, known_mark: Option<Mark>) {
         self.commands.try_send((read, known_mark)).expect("a flow orders one reading at a time");
     }
@@ -159,17 +138,17 @@ struct Known {
     life: Option<String>,
 }
 
-struct State {
+/// One database of a webhook, and what was found when it was opened. Whoever has it reads.
+pub struct Reading {
     shared: Shared,
     filter: Option<config::Filter>,
-    telling: Telling,
-    /// Reads in the place of `feed`, with `watch = replications`.
+    telling: Arc<Telling>,
+    /// Reads in the place of a feed, with `watch = replications`.
     monitor: Option<Monitor>,
     /// Where a command has set the webhook.
     seek: Option<Seek>,
     flow: FlowIndex,
     to: Sender<Fed>,
-    feed: Feed,
     opened: Option<Known>,
     generation: Generation,
     misses: u32,
@@ -180,30 +159,82 @@ struct State {
     stopping: Arc<AtomicBool>,
 }
 
-impl State {
-    fn run(mut self, orders: &Receiver<(Read, Option<Mark>)>) {
-        while let Ok((read, known_mark)) = orders.recv() {
-            if self.stopping.load(Ordering::SeqCst) {
-                return;
-            }
-            let reading = AssertUnwindSafe(|| match read {
-                Read::Open => self.open(known_mark.as_ref()),
-                Read::Page { since, limit } => {
-                    let limit = u32::try_from(limit).unwrap_or(u32::MAX);
-                    self.read(since, FeedKind::Page { limit })
-                }
-                Read::Wait { since } => {
-                    let timeout = self.shared.hookd.feed_timeout;
-                    self.read(since, FeedKind::Continuous { timeout })
-                }
-            });
-            // The panic was logged by its hook; a flow that gets no answer would read nothing for ever.
-            let fed = catch_unwind(reading).unwrap_or_else(|_| Err(Error::new(Kind::Io, "we panicked")));
-            let fed = fed.unwrap_or_else(|error| Fed::Failed(self.flow, fault_of(&error), Some(error)));
-            if self.to.send(fed).is_err() {
-                return;
-            }
+impl fmt::Debug for Reading {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Reading({}/{})", self.telling.webhook, self.telling.db)
+    }
+}
+
+impl Reading {
+    /// Nothing is read yet. `seek` is what the webhook's record says of the database; rows go to `to`.
+    pub fn new(
+        shared: &Shared,
+        webhook: &config::Webhook,
+        telling: &Arc<Telling>,
+        seek: Option<Seek>,
+        flow: FlowIndex,
+        to: &Sender<Fed>,
+    ) -> Reading {
+        let stopping = Arc::new(AtomicBool::new(false));
+        let monitor = (webhook.watch == Watch::Replications).then(|| {
+            let looking = Looking {
+                server: shared.server.clone(),
+                key: shared.key.clone(),
+                telling: Telling::clone(telling),
+                polling: webhook.polling,
+                seek: seek.clone(),
+                stopping: Arc::clone(&stopping),
+            };
+            Monitor::new(looking, &shared.hookd)
+        });
+        Reading {
+            shared: shared.clone(),
+            filter: webhook.filter.clone(),
+            telling: Arc::clone(telling),
+            monitor,
+            seek,
+            flow,
+            to: to.clone(),
+            opened: None,
+            generation: Generation::Three,
+            misses: 0,
+            unknown_since: None,
+            conflicts_of: None,
+            stopping,
         }
+    }
+
+    /// Ends waits of the reading under way, from another thread, and keeps later ones from beginning.
+    pub fn stopping(&self) -> Arc<AtomicBool> {
+        Arc::clone(&self.stopping)
+    }
+
+    /// Where what is read goes.
+    pub fn to(&self) -> Sender<Fed> {
+        self.to.clone()
+    }
+
+    /// Whose rows these are.
+    pub fn flow(&self) -> FlowIndex {
+        self.flow
+    }
+
+    /// Reads one thing; what comes on the way is sent, the last word is given.
+    pub fn read(&mut self, feed: &mut Feed, read: Read, known_mark: Option<&Mark>) -> Fed {
+        let reading = AssertUnwindSafe(|| match read {
+            Read::Open => self.open(known_mark),
+            Read::Page { since, limit } => {
+                let limit = u32::try_from(limit).unwrap_or(u32::MAX);
+                self.read_feed(feed, since, FeedKind::Page { limit })
+            }
+            Read::Wait { since } => {
+                let timeout = self.shared.hookd.feed_timeout;
+                self.read_feed(feed, since, FeedKind::Continuous { timeout })
+            }
+        });
+        // The panic was logged by its hook; a flow that gets no answer would read nothing for ever.
+        let fed = catch_unwind(reading).unwrap_or_else(|_| Err(Error::new(Kind::Io, "we panicked")));
+        fed.unwrap_or_else(|error| Fed::Failed(self.flow, fault_of(&error), Some(error)))
     }
 
     fn open(&mut self, known_mark: Option<&Mark>) -> Result<Fed> {
@@ -271,7 +302,7 @@ impl State {
     }
 
     /// One request for rows, after a look whether the database is still the one that was opened.
-    fn read(&mut self, since: Seq, kind: FeedKind) -> Result<Fed> {
+    fn read_feed(&mut self, feed: &mut Feed, since: Seq, kind: FeedKind) -> Result<Fed> {
         let filtered = self.filter.is_some();
         let is_page = matches!(kind, FeedKind::Page { .. });
         // Before the look: another webhook's page may take half an hour, and the database be another one by then.
@@ -289,7 +320,7 @@ impl State {
             return Ok(Fed::Failed(self.flow, ReadFault::Changed, None));
         }
         if self.monitor.is_some() {
-            return self.monitor(&since, kind);
+            return self.monitor(feed, &since, kind);
         }
         let mark = known.mark.to_string();
         let request = FeedRequest {
@@ -306,7 +337,7 @@ impl State {
         };
         let (flow, to, telling) = (self.flow, &self.to, &self.telling);
         let mut end = (None, None);
-        let result = self.feed.read(&request, &mut |items: &mut Vec<Item>| {
+        let result = feed.read(&request, &mut |items: &mut Vec<Item>| {
             let read_at = sys::wall();
             let mut rows = Vec::with_capacity(items.len());
             for item in items.drain(..) {
@@ -338,7 +369,7 @@ impl State {
     }
 
     /// What is told of replications behind a position, in the place of changes.
-    fn monitor(&mut self, since: &Seq, kind: FeedKind) -> Result<Fed> {
+    fn monitor(&mut self, feed: &mut Feed, since: &Seq, kind: FeedKind) -> Result<Fed> {
         let (flow, to) = (self.flow, &self.to);
         let mut emit = |rows: Vec<Arrived>| to.send(Fed::Rows(flow, rows)).is_ok();
         let monitor = self.monitor.as_mut().expect("asked by the caller");
@@ -349,7 +380,7 @@ impl State {
                 Ok(self.end(Some(last_seq), None, closed))
             }
             FeedKind::Continuous { timeout } => {
-                let Waited { last_seq, closed } = monitor.wait(&mut self.feed, since, timeout, &mut emit)?;
+                let Waited { last_seq, closed } = monitor.wait(feed, since, timeout, &mut emit)?;
                 Ok(self.end(Some(last_seq), None, closed))
             }
         }

@@ -20,9 +20,11 @@ pub mod dispatcher;
 pub mod feed_reader;
 pub mod obey;
 pub mod permits;
+pub mod reader_pool;
 mod replay;
 mod report;
 pub mod store;
+mod subscription;
 pub mod webhook;
 pub mod workers;
 
@@ -35,6 +37,7 @@ use crate::pipeline::checkpointer::CheckpointSender;
 use crate::pipeline::complaints::Outage;
 use crate::pipeline::feed_reader::FilteredPages;
 use crate::pipeline::permits::Permits;
+use crate::pipeline::reader_pool::ReaderPool;
 use crate::pure::checkpoint::StateKey;
 
 /// What all webhooks of the process share.
@@ -52,6 +55,8 @@ pub struct Shared {
     pub permits: Arc<Permits>,
     /// Where checkpoints go.
     pub checkpoints: CheckpointSender,
+    /// Who reads databases that have no thread of their own.
+    pub pool: Arc<ReaderPool>,
     /// One filtered page per database at a time: hanging up does not stop the server's scan.
     pub filtered_pages: Arc<FilteredPages>,
     /// What is said of a CouchDB that does not answer, once for all.

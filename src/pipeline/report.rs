@@ -2,6 +2,7 @@
 //!
 //! Costs a comparison per turn of the dispatcher and two stores per delivery; nothing is decided by it.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -10,7 +11,7 @@ use crate::error::{Error, Kind};
 use crate::pipeline::Shared;
 use crate::pipeline::board::{Attempts, Seen};
 use crate::pipeline::webhook::{Answer, Job};
-use crate::pure::dispatch::{Dispatch, FlowIndex};
+use crate::pure::dispatch::Dispatch;
 use crate::pure::endpoint::Outcome;
 use crate::pure::message::WebhookId;
 use crate::pure::snapshot::{State, WebhookStatus};
@@ -40,18 +41,19 @@ impl Shown {
     /// What is known when it begins; `None` when nobody looks at this webhook.
     pub(crate) fn of(shared: &Shared, webhook: &config::Webhook, job: &Job) -> Option<Box<Shown>> {
         let attempts = shared.board.onlooker(&webhook.name)?;
-        let (id, flow, doc_id, attempt, replay) = match job {
-            Job::One(one) => (one.event.id, one.flow, one.event.doc_id.clone(), one.attempt, one.replay),
-            Job::Batch(batch) => {
-                let flow = batch.parts.first().map_or(0, |part| part.flow);
-                (batch.id, flow, format!("({} events)", batch.parts.len()), batch.attempt, false)
+        let (id, telling, doc_id, attempt, replay) = match job {
+            Job::One(one, telling) => {
+                (one.event.id, Some(telling), one.event.doc_id.clone(), one.attempt, one.replay)
+            }
+            Job::Batch(batch, tellings) => {
+                (batch.id, tellings.first(), format!("({} events)", batch.parts.len()), batch.attempt, false)
             }
         };
         let seen = Seen {
             n: 0,
             at: sys::wall(),
             id: id.to_string(),
-            db: webhook.db[flow].clone(),
+            db: telling.map(|telling| telling.db.clone()).unwrap_or_default(),
             doc_id,
             attempt,
             replay,
@@ -83,13 +85,13 @@ pub(crate) struct Report {
     failure: Option<(Instant, String)>,
     down: Option<&'static str>,
     paused: Option<String>,
-    /// What is wrong with each feed.
-    feeds: Vec<Option<String>>,
+    /// What is wrong with feeds, by database.
+    feeds: BTreeMap<String, String>,
 }
 
 impl Report {
-    /// Of a webhook with so many feeds; due at once.
-    pub(crate) fn new(n_feeds: usize) -> Report {
+    /// Of a webhook that has just started; due at once.
+    pub(crate) fn new() -> Report {
         Report {
             due_at: sys::now(),
             changed: true,
@@ -97,7 +99,7 @@ impl Report {
             failure: None,
             down: None,
             paused: None,
-            feeds: vec![None; n_feeds],
+            feeds: BTreeMap::new(),
         }
     }
 
@@ -128,22 +130,23 @@ impl Report {
         self.at_once();
     }
 
-    /// A feed was opened.
-    pub(crate) fn feed_opened(&mut self, flow: FlowIndex) {
-        self.feeds[flow] = None;
+    /// A database's feed was opened, or is not read any more.
+    pub(crate) fn feed_opened(&mut self, db: &str) {
+        self.feeds.remove(db);
         self.changed = true;
     }
 
     /// A feed was lost, or could not be opened.
-    pub(crate) fn feed_failed(&mut self, flow: FlowIndex, error: Option<&Error>) {
+    pub(crate) fn feed_failed(&mut self, db: &str, error: Option<&Error>) {
         // A request that was cut, or timed out, is opened again at once and no state of the webhook.
         let Some(error) = error.filter(|error| !matches!(error.kind(), Kind::Cut | Kind::Stopped)) else {
             return;
         };
-        self.feeds[flow] = Some(match error.kind() {
+        let found = match error.kind() {
             Kind::NotFound => "does not exist".to_owned(),
             _ => error.cause().to_owned(),
-        });
+        };
+        self.feeds.insert(db.to_owned(), found);
         self.changed = true;
     }
 
@@ -163,19 +166,12 @@ impl Report {
     }
 
     /// How it is now.
-    pub(crate) fn status(
-        &mut self,
-        webhook: &config::Webhook,
-        dispatch: &mut Dispatch,
-        now: Instant,
-    ) -> WebhookStatus {
+    pub(crate) fn status(&mut self, dispatch: &mut Dispatch, now: Instant) -> WebhookStatus {
         (self.changed, self.due_at) = (false, now + EVERY);
         let wall = sys::wall();
         let ago = |at: Instant| wall - (now - at);
         let endpoint = dispatch.endpoint();
-        let feed = self.feeds.iter().position(Option::is_some);
-        let feed =
-            feed.and_then(|at| Some(format!("database `{}`: {}", webhook.db[at], self.feeds[at].as_ref()?)));
+        let feed = self.feeds.first_key_value().map(|(db, found)| format!("database `{db}`: {found}"));
         let (state, why) = if let Some(why) = &self.paused {
             (State::Paused, Some(why.clone()))
         } else if endpoint.is_gone() {

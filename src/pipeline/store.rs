@@ -22,7 +22,7 @@ use crate::pure::about::{self, Tell};
 use crate::pure::changes::{Row, RowDoc};
 use crate::pure::checkpoint::Mark;
 use crate::pure::conflict::{self, Conflict, LeafDocs, Standing};
-use crate::pure::dispatch::{Asked, Fetched, FlowIndex, SuspectLetter};
+use crate::pure::dispatch::{Asked, Fetched, SuspectLetter};
 use crate::pure::document::Document;
 use crate::pure::endpoint::WINDOW_EVENTS;
 use crate::pure::format::generation;
@@ -51,12 +51,12 @@ pub enum Errand {
     Forget(u64, String),
     /// It was delivered after all.
     Delete(WebhookId),
-    /// The document as it is now.
-    Fetch(FlowIndex, SuspectLetter, Mark),
+    /// The document as it is now, in the database told of like this.
+    Fetch(Arc<Telling>, SuspectLetter, Mark),
     /// The next letters that an operator wants sent again.
     ListLetters(Box<Filter>, Option<String>),
     /// A letter's own revision, for one that is sent again because an operator asked; whatever was delivered since.
-    FetchLetter(FlowIndex, Box<Stored>, Mark, Asked),
+    FetchLetter(Arc<Telling>, Box<Stored>, Mark, Asked),
     /// What came of a request so far.
     Answer(String, Progress, Map<String, Value>),
     /// Change the record.
@@ -79,8 +79,8 @@ pub enum Change {
 /// A document that has more than one live leaf.
 #[derive(Debug)]
 pub struct Leaves {
-    /// In which of the webhook's databases.
-    pub flow: FlowIndex,
+    /// How its database is told of.
+    pub telling: Arc<Telling>,
     /// Its name.
     pub doc_id: String,
     /// The winner, then the others, sorted.
@@ -118,20 +118,15 @@ pub struct Store {
 }
 
 impl Store {
-    /// Starts the thread. `tellings` are the webhook's databases, in order.
+    /// Starts the thread.
     ///
     /// # Errors
     /// `Io` when no thread can be started.
-    pub fn start(
-        shared: &Shared,
-        webhook: &config::Webhook,
-        tellings: Vec<Telling>,
-        to: Sender<Errant>,
-    ) -> Result<Store> {
+    pub fn start(shared: &Shared, webhook: &config::Webhook, to: Sender<Errant>) -> Result<Store> {
         let (errands, orders) = bounded(ERRANDS_MAX);
         let tells = Tells::default();
         let waiting = Arc::clone(&tells);
-        let state = State { shared: shared.clone(), webhook: webhook.clone(), tellings, to, tells: waiting };
+        let state = State { shared: shared.clone(), webhook: webhook.clone(), to, tells: waiting };
         let thread = sys::spawn(&format!("store:{}", webhook.name), move || state.run(&orders))?;
         Ok(Store { errands, tells, thread })
     }
@@ -161,7 +156,6 @@ impl Store {
 struct State {
     shared: Shared,
     webhook: config::Webhook,
-    tellings: Vec<Telling>,
     to: Sender<Errant>,
     tells: Tells,
 }
@@ -203,20 +197,20 @@ impl State {
                     }
                     None
                 }
-                Errand::Fetch(flow, letter, mark) => {
-                    let fetched = self.fetch(flow, &letter, mark).unwrap_or_else(|error| unread(&error));
+                Errand::Fetch(telling, letter, mark) => {
+                    let fetched = self.fetch(&telling, &letter, mark).unwrap_or_else(|error| unread(&error));
                     Some(Errant::Fetched(letter, Box::new(fetched)))
                 }
                 Errand::ListLetters(filter, after) => {
                     Some(Errant::Listed(letters::page(server, state_db, &filter, after.as_deref())))
                 }
-                Errand::FetchLetter(flow, stored, mark, asked) => {
+                Errand::FetchLetter(telling, stored, mark, asked) => {
                     let letter = SuspectLetter {
                         id: WebhookId::parse(&stored.letter.id).expect("it was parsed to be asked for"),
                         doc_id: stored.letter.doc_id.clone(),
                         resolved: stored.letter.resolved(),
                     };
-                    let fetched = self.fetch_letter(flow, &stored.letter, mark, asked);
+                    let fetched = self.fetch_letter(&telling, &stored.letter, mark, asked);
                     Some(Errant::Fetched(letter, Box::new(fetched.unwrap_or_else(|error| unread(&error)))))
                 }
                 Errand::Answer(request, state, answer) => {
@@ -261,7 +255,7 @@ impl State {
 
     fn remember(&self, leaves: &Leaves) -> Result<LeafDocs> {
         let Shared { server, state_db, .. } = &self.shared;
-        let telling = &self.tellings[leaves.flow];
+        let telling = &*leaves.telling;
         if let Some(id) = &leaves.kept_at {
             let conflicted = Conflicted {
                 id: id.clone(),
@@ -299,7 +293,7 @@ impl State {
     fn forget_other_life(&self, change: &Change) {
         let Shared { server, state_db, .. } = &self.shared;
         let Change::Mark(db, mark) = change else { return };
-        if !self.tellings.iter().any(|telling| telling.db == *db && telling.remembers()) {
+        if !self.webhook.conflicts {
             return;
         }
         let webhook = &self.webhook.name;
@@ -320,21 +314,21 @@ impl State {
     }
 
     /// Reads a document as a feed would show it.
-    fn fetch(&self, flow: FlowIndex, letter: &SuspectLetter, mark: Mark) -> Result<Fetched> {
-        if self.tellings[flow].watch == Watch::Replications {
+    fn fetch(&self, telling: &Telling, letter: &SuspectLetter, mark: Mark) -> Result<Fetched> {
+        if telling.watch == Watch::Replications {
             let stored =
                 state_db::dead_letter(&self.shared.server, &self.shared.state_db, &letter.id.to_string())?;
             return Ok(now_or_gone(stored.and_then(|stored| of_payload(&stored))));
         }
-        let query = if self.tellings[flow].conflicts { "?conflicts=true" } else { "" };
+        let query = if telling.conflicts { "?conflicts=true" } else { "" };
         // Deleted, or with its database: the feed tells what became of it.
-        let Some(mut event) = self.read(flow, &letter.doc_id, query, mark)? else {
+        let Some(mut event) = self.read(telling, &letter.doc_id, query, mark)? else {
             return Ok(Fetched::Gone);
         };
         if letter.resolved.as_ref() == Some(&event.rev) && !event.is_conflicted() {
             event.resolve(letter.id);
         }
-        let wanted = self.tellings[flow].wants(&event);
+        let wanted = telling.wants(&event);
         Ok(if wanted { Fetched::Event(event) } else { Fetched::Gone })
     }
 
@@ -342,12 +336,12 @@ impl State {
     /// it no more, the current one.
     fn fetch_letter(
         &self,
-        flow: FlowIndex,
+        telling: &Telling,
         letter: &DeadLetter,
         mark: Mark,
         asked: Asked,
     ) -> Result<Fetched> {
-        if self.tellings[flow].watch == Watch::Replications {
+        if telling.watch == Watch::Replications {
             // What was told of a replication stands in the letter, and nowhere else.
             return Ok(now_or_gone(of_payload(letter)));
         }
@@ -355,17 +349,17 @@ impl State {
             // Of a database that is gone: what bears its name now has told everything anew.
             return Ok(Fetched::Gone);
         }
-        let query = if self.tellings[flow].conflicts { "?conflicts=true" } else { "" };
+        let query = if telling.conflicts { "?conflicts=true" } else { "" };
         let id = WebhookId::parse(&letter.id).expect("it was parsed to be asked for");
         let is_resolved = letter.resolved().is_some();
-        let now = self.read(flow, &letter.doc_id, query, mark)?;
+        let now = self.read(telling, &letter.doc_id, query, mark)?;
         if let Some(now) = &now
             && now.id.to_string() == letter.id
         {
             return Ok(now_or_gone(Some(now.clone())));
         }
         let own = format!("?rev={}", encoded(&letter.rev));
-        let own = match self.read(flow, &letter.doc_id, &own, mark)? {
+        let own = match self.read(telling, &letter.doc_id, &own, mark)? {
             Some(mut event) if is_resolved => {
                 event.resolve(id);
                 Some(event)
@@ -374,7 +368,7 @@ impl State {
             Some(mut event) => {
                 event.conflicts = letter.revs.iter().skip(1).cloned().collect();
                 event.standing = Standing::of_type(&letter.event_type);
-                Some(self.with_leaves(flow, Event { id, ..event })?)
+                Some(self.with_leaves(telling, Event { id, ..event })?)
             }
             None => None,
         };
@@ -387,7 +381,7 @@ impl State {
             return Ok(now_or_gone(own.or(now)));
         }
         match (now, own) {
-            (Some(now), own) => match self.is_delivered(&now, letter)? {
+            (Some(now), own) => match self.is_delivered(telling, &now, letter)? {
                 true => Ok(Fetched::Superseded(now.rev)),
                 false => Ok(now_or_gone(own.or(Some(now)))),
             },
@@ -400,16 +394,15 @@ impl State {
 
     /// Whether what a document is now was delivered, as far as that can be known: it was unless it has a letter of its
     /// own, or the webhook does not want it. And what lies between it and an older letter may have been.
-    fn is_delivered(&self, now: &Event, letter: &DeadLetter) -> Result<bool> {
+    fn is_delivered(&self, telling: &Telling, now: &Event, letter: &DeadLetter) -> Result<bool> {
         let Shared { server, state_db, .. } = &self.shared;
         let next_to_it = generation(&now.rev) <= generation(&letter.rev).map(|generation| generation + 1);
-        let wanted = self.tellings.iter().any(|telling| telling.db == letter.db && telling.wants(now));
-        Ok(wanted && !(next_to_it && state_db::dead_letter_exists(server, state_db, &now.id.to_string())?))
+        Ok(telling.wants(now)
+            && !(next_to_it && state_db::dead_letter_exists(server, state_db, &now.id.to_string())?))
     }
 
     /// A document as an event, wanted or not; `None` when there is none, or not that revision of it.
-    fn read(&self, flow: FlowIndex, doc_id: &str, query: &str, mark: Mark) -> Result<Option<Event>> {
-        let telling = &self.tellings[flow];
+    fn read(&self, telling: &Telling, doc_id: &str, query: &str, mark: Mark) -> Result<Option<Event>> {
         let path = db_path(&telling.db, &[doc_id]) + query;
         let reply = match self.shared.server.request(&http::Method::GET, &path, None, &[]) {
             Ok(reply) => reply,
@@ -433,12 +426,11 @@ impl State {
             // Never the document itself: what it says of us.
             return Ok(about::event(telling, row, &mark.to_string()));
         }
-        self.with_leaves(flow, telling.event(row, &mark.to_string(), sys::wall())).map(Some)
+        self.with_leaves(telling, telling.event(row, &mark.to_string(), sys::wall())).map(Some)
     }
 
     /// An event that was not read from the feed, with the bodies of its conflicting leaves where they are asked for.
-    fn with_leaves(&self, flow: FlowIndex, mut event: Event) -> Result<Event> {
-        let telling = &self.tellings[flow];
+    fn with_leaves(&self, telling: &Telling, mut event: Event) -> Result<Event> {
         if telling.conflict_docs && event.is_conflicted() {
             let docs = self.read_leaves(telling, &event.doc_id, &event.conflicts)?;
             let (row_id, resolved_id) = (event.id, event.id);

@@ -7,6 +7,7 @@
 pub mod trial;
 
 use std::io::ErrorKind;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
@@ -61,18 +62,18 @@ pub struct Answer {
 /// What a worker is given to do.
 #[derive(Debug)]
 pub enum Job {
-    /// One event.
-    One(Attempt),
-    /// Several in one request.
-    Batch(Batch),
+    /// One event, and how its database is told of.
+    One(Attempt, Arc<Telling>),
+    /// Several in one request; of each, how its database is told of.
+    Batch(Batch, Vec<Arc<Telling>>),
 }
 
 impl Job {
     /// Names it in its outcome.
     pub fn token(&self) -> u64 {
         match self {
-            Job::One(attempt) => attempt.token,
-            Job::Batch(batch) => batch.token,
+            Job::One(attempt, _) => attempt.token,
+            Job::Batch(batch, _) => batch.token,
         }
     }
 }
@@ -123,14 +124,13 @@ impl Endpoint {
         })
     }
 
-    /// Sends one event, or several at once, and waits for the answer. `tellings` are those of the webhook's databases.
-    pub fn deliver(&self, tellings: &[Telling], job: &Job) -> Answer {
+    /// Sends one event, or several at once, and waits for the answer.
+    pub fn deliver(&self, job: &Job) -> Answer {
         let (id, body, attempt, replay, content_type) = match job {
-            Job::One(one) => {
-                (one.event.id, tellings[one.flow].body(&one.event), one.attempt, one.replay, None)
-            }
-            Job::Batch(batch) => {
-                let parts = batch.parts.iter().map(|part| (&tellings[part.flow], &*part.event));
+            Job::One(one, telling) => (one.event.id, telling.body(&one.event), one.attempt, one.replay, None),
+            Job::Batch(batch, tellings) => {
+                let parts = tellings.iter().zip(&batch.parts);
+                let parts = parts.map(|(telling, part)| (&**telling, &*part.event));
                 let content_type = self.batch_content_type;
                 (batch.id, format::batch_body(batch.id, parts), batch.attempt, false, Some(content_type))
             }

@@ -100,7 +100,7 @@ impl<'a> Shell<'a> {
         let telling = Arc::new(telling);
         Ok(Shell {
             dispatch: Dispatch::new(settings(webhook), vec![flow], sys::now()),
-            workers: Workers::new(Endpoint::new(webhook)?, &telling, webhook.concurrency),
+            workers: Workers::new(Endpoint::new(webhook)?, webhook.concurrency),
             plan,
             out,
             telling,
@@ -199,7 +199,8 @@ impl<'a> Shell<'a> {
             }
             Action::Attempt(attempt) => {
                 self.in_flight.insert(attempt.token, vec![attempt.clone()]);
-                self.workers.deliver(Job::One(attempt), self.in_flight.len())?;
+                let job = Job::One(attempt, Arc::clone(&self.telling));
+                self.workers.deliver(job, self.in_flight.len())?;
             }
             Action::Batch(batch) if self.plan.prints => {
                 let parts = batch.parts.iter().map(|part| (&*self.telling, &*part.event));
@@ -210,7 +211,8 @@ impl<'a> Shell<'a> {
             }
             Action::Batch(batch) => {
                 self.in_flight.insert(batch.token, batch.parts.clone());
-                self.workers.deliver(Job::Batch(batch), self.in_flight.len())?;
+                let tellings = vec![Arc::clone(&self.telling); batch.parts.len()];
+                self.workers.deliver(Job::Batch(batch, tellings), self.in_flight.len())?;
             }
             Action::LookUp(attempt) => self.dispatch.on_looked_up(attempt.token, Some(false), now),
             Action::StoreLetter(attempt, class) => {
@@ -290,7 +292,6 @@ type Done = (u64, Answer);
 /// Threads that deliver, started when they are needed.
 struct Workers {
     endpoint: Arc<Endpoint>,
-    telling: Arc<Telling>,
     jobs: Sender<Job>,
     taken: Receiver<Job>,
     done: (Sender<Done>, Receiver<Done>),
@@ -298,26 +299,19 @@ struct Workers {
 }
 
 impl Workers {
-    fn new(endpoint: Endpoint, telling: &Arc<Telling>, n_max: usize) -> Workers {
+    fn new(endpoint: Endpoint, n_max: usize) -> Workers {
         let (jobs, taken) = bounded(n_max);
-        Workers {
-            endpoint: Arc::new(endpoint),
-            telling: Arc::clone(telling),
-            jobs,
-            taken,
-            done: bounded(n_max),
-            threads: Vec::new(),
-        }
+        Workers { endpoint: Arc::new(endpoint), jobs, taken, done: bounded(n_max), threads: Vec::new() }
     }
 
     fn deliver(&mut self, job: Job, n_in_flight: usize) -> Result<()> {
         if self.threads.len() < n_in_flight {
             let (taken, done) = (self.taken.clone(), self.done.0.clone());
-            let (endpoint, telling) = (Arc::clone(&self.endpoint), Arc::clone(&self.telling));
+            let endpoint = Arc::clone(&self.endpoint);
             let name = format!("worker:watch#{}", self.threads.len() + 1);
             self.threads.push(sys::spawn(&name, move || {
                 for job in taken {
-                    let answer = endpoint.deliver(std::slice::from_ref(&telling), &job);
+                    let answer = endpoint.deliver(&job);
                     if done.send((job.token(), answer)).is_err() {
                         return;
                     }
