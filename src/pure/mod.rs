@@ -20,6 +20,7 @@ pub mod login;
 pub mod message;
 pub mod nearest;
 pub mod os_daemon;
+pub mod pattern;
 pub mod rate;
 pub mod redact;
 pub mod rep_doc;
