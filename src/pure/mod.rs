@@ -12,6 +12,7 @@ pub mod excerpt;
 pub mod flow;
 pub mod format;
 pub mod guard;
+pub mod hint;
 pub mod ini;
 pub mod lag;
 pub mod lanes;
