@@ -5,6 +5,7 @@
 //! documents of a name of their own, which are deleted again.
 
 mod endpoint;
+mod patterns;
 mod report;
 mod server;
 

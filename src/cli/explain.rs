@@ -112,7 +112,8 @@ fn told(webhook: &Webhook) -> String {
         let dbs = webhook.db.join("`, `");
         return format!("`{}` of the replications in `{dbs}`", webhook.events.join("`, `"));
     }
-    let mut text = format!("`{}` of `{}`", webhook.events.join("`, `"), webhook.db.join("`, `"));
+    let dbs = webhook.databases().replace(", ", "`, `");
+    let mut text = format!("`{}` of `{dbs}`", webhook.events.join("`, `"));
     text += &match &webhook.filter {
         None => String::new(),
         Some(Filter::Selector(selector)) => format!(", of documents that match {selector}"),
@@ -203,6 +204,7 @@ fn as_json(
         "webhook": webhook.name,
         "endpoint": endpoint,
         "databases": webhook.db,
+        "patterns": webhook.patterns.as_ref().map(ToString::to_string),
         "events": webhook.events,
         "retry_after_seconds": seconds(&webhook.retry_schedule),
         "retry_since_first_seconds": seconds(&retry::since_first(&webhook.retry_schedule)),

@@ -11,6 +11,7 @@ use crate::config::keys::Section;
 use crate::config::reader::Reader;
 use crate::config::{Hookd, LogFormat, couchdb_url_from, values};
 use crate::pure::guard::{Guard, Level, Watched};
+use crate::pure::pattern::is_system_database;
 use crate::pure::secret::Secret;
 use crate::pure::url::Url;
 
@@ -44,6 +45,9 @@ pub(crate) fn parse(raw: &Raw, findings: &mut Vec<Finding>) -> Option<Hookd> {
         guard: guard(&mut reader, &url),
         feed_rotate: reader.duration("feed_rotate"),
         feed_timeout: reader.duration("feed_timeout"),
+        feed_connections: small(reader.count("feed_connections")),
+        sweep_interval: reader.duration("sweep_interval"),
+        sweep_rate: u32::try_from(reader.count("sweep_rate")).expect("the table bounds this number"),
     };
     let found = reader.into_findings();
     let fine = !found.iter().any(Finding::is_error);
@@ -102,7 +106,7 @@ fn credentials(reader: &mut Reader<'_>, url: &Url) -> (Option<String>, Option<Se
 fn state_db(reader: &mut Reader<'_>) -> String {
     reader.with_default("state_db", |text| {
         let name = values::database(text)?;
-        match values::is_system_database(&name) {
+        match is_system_database(&name) {
             true => Err(format!("expected a database of its own, got CouchDB's `{name}`")),
             false => Ok(name),
         }

@@ -27,6 +27,7 @@ use crate::pure::format::Format;
 use crate::pure::guard::Guard;
 use crate::pure::message::Watch;
 use crate::pure::nearest::nearest_of;
+use crate::pure::pattern::Pattern;
 use crate::pure::rate::RateLimit;
 use crate::pure::secret::Secret;
 use crate::pure::transitions;
@@ -226,6 +227,12 @@ pub struct Hookd {
     pub feed_rotate: Duration,
     /// `timeout` of a continuous request: how long CouchDB keeps it open when nothing happens.
     pub feed_timeout: Duration,
+    /// Databases found by pattern that are read at the same time; at most 256.
+    pub feed_connections: usize,
+    /// How often every database is looked at while no hints flow.
+    pub sweep_interval: Duration,
+    /// Databases looked at in a second, at most.
+    pub sweep_rate: u32,
 }
 
 /// How standalone log lines look.
@@ -255,8 +262,11 @@ pub struct Webhook {
     pub endpoint: Secret,
     /// Where events come from.
     pub watch: Watch,
-    /// Databases, named singly; with `watch = daemon` it is `state_db`, with `watch = replications` replicator databases.
+    /// Databases, named singly; with `watch = daemon` it is `state_db`, with `watch = replications` replicator
+    /// databases. Empty only where there are `patterns`.
     pub db: Vec<String>,
+    /// Databases that are found: those of `db` are not among them.
+    pub patterns: Option<Pattern>,
     /// Where to start in the databases that exist when the webhook first starts.
     pub since: Since,
     /// How replications are looked at.
@@ -309,6 +319,14 @@ pub struct Webhook {
     pub ca_file: Option<PathBuf>,
     /// SHA-256 in hex over the endpoint URL and the section as written: tells whether it changed.
     pub fingerprint: String,
+}
+
+impl Webhook {
+    /// Its databases and patterns as one writes them, for people: `orders, tenant-*, !tenant-test`.
+    pub fn databases(&self) -> String {
+        let named = self.db.iter().cloned();
+        named.chain(self.patterns.as_ref().map(Pattern::to_string)).collect::<Vec<_>>().join(", ")
+    }
 }
 
 /// Where a webhook starts in databases that exist at its first start.

@@ -114,6 +114,9 @@ fn defaults_are_those_of_the_table() {
                 },
                 feed_rotate: 60s,
                 feed_timeout: 60s,
+                feed_connections: 16,
+                sweep_interval: 60s,
+                sweep_rate: 40,
             },
             webhooks: [
                 Webhook {
@@ -123,6 +126,7 @@ fn defaults_are_those_of_the_table() {
                     db: [
                         "orders",
                     ],
+                    patterns: None,
                     since: Now,
                     polling: Polling {
                         interval: 5s,
@@ -210,6 +214,20 @@ fn values_are_taken() {
     assert_eq!(hook.retry_schedule, [Duration::from_secs(1), Duration::from_secs(120)]);
     assert!(hook.dead_letter_on.is_empty() && !hook.include_docs);
     assert_eq!((hook.payload_bytes_max, hook.concurrency), (65536, 1));
+}
+
+#[test]
+fn databases_are_named_found_and_left_out() {
+    let hook = webhook("db = orders, tenant-*,!tenant-test, a/b, ! old-*, tenant-1, tenant-*");
+    assert_eq!(hook.db, ["orders", "a/b", "tenant-1"]);
+    assert_eq!(hook.databases(), "orders, a/b, tenant-1, tenant-*, !tenant-test, !old-*");
+    let patterns = hook.patterns.unwrap();
+    let found = ["orders", "tenant-1", "tenant-2", "tenant-test", "tenant-/_replicator", "tenant-x/y"];
+    let found = found.into_iter().filter(|db| patterns.matches(db, "couch_hookd")).collect::<Vec<_>>();
+    assert_eq!(found, ["tenant-2", "tenant-x/y"], "what is named is not found as well");
+    let all = webhook("db = *");
+    assert!(all.db.is_empty() && all.patterns.is_some());
+    assert_eq!(webhook("").patterns, None);
 }
 
 #[test]
@@ -354,7 +372,17 @@ fn faults_of_a_webhook_are_said() {
             "watch = replications",
             "watch = dogs",
             "db = tenant-*",
+            "db = *",
+            "db = orders, tenant-?, !tenant-test, ! old-*, tenant-1",
             "db = orders, !orders-old",
+            "db = !*",
+            "db = orders, *, !ord*",
+            "db = _*",
+            "db = Tenant-*",
+            "db = tenant-[ab]*",
+            "db = *, couch_hookd",
+            "db = *, !couch_hookd",
+            "watch = replications\ndb = */_replicator",
             "db = Orders",
             "db = ,",
             "db = couch_hookd",
@@ -439,9 +467,29 @@ fn faults_of_a_webhook_are_said() {
             "watch = dogs"
                 watch: expected `changes` or `replications` or `daemon`, got `dogs`
             "db = tenant-*"
-                db: patterns are not available in this version: expected databases by their names, got `tenant-*`
+                fine
+            "db = *"
+                fine
+            "db = orders, tenant-?, !tenant-test, ! old-*, tenant-1"
+                fine
             "db = orders, !orders-old"
-                db: patterns are not available in this version: expected databases by their names, got `!orders-old`
+                db: `!orders-old` leaves out what a pattern such as `tenant-*` would find: expected one beside it, got none
+            "db = !*"
+                db: `!*` leaves out what a pattern such as `tenant-*` would find: expected one beside it, got none
+            "db = orders, *, !ord*"
+                db: `orders` is named, and left out by a `!`; delete one of the two
+            "db = _*"
+                db: a pattern never matches a database whose name begins with `_`, got `_*`; name it singly
+            "db = Tenant-*"
+                db: expected a pattern of lower-case letters, digits, _$()+/- with `*` for any text and `?` for one character, got `Tenant-*`
+            "db = tenant-[ab]*"
+                db: expected a pattern of lower-case letters, digits, _$()+/- with `*` for any text and `?` for one character, got `tenant-[ab]*`
+            "db = *, couch_hookd"
+                db: `couch_hookd` is [hookd] state_db, which cannot be watched
+            "db = *, !couch_hookd"
+                fine
+            "watch = replications\ndb = */_replicator"
+                hookd.ini:5: [hookd.webhook.orders] db: expected a database by its name, got a pattern, `*/_replicator`
             "db = Orders"
                 db: expected a database name (a lower-case letter, then lower-case letters, digits and _$()+/-), got `Orders`
             "db = ,"

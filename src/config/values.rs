@@ -12,6 +12,7 @@ use crate::pure::about;
 use crate::pure::conflict::{CONFLICTED, RESOLVED};
 use crate::pure::guard::Network;
 use crate::pure::message::{DELETED, UPDATED};
+use crate::pure::pattern::{is_pattern, is_system_database};
 use crate::pure::rate::RateLimit;
 use crate::pure::signature::Key;
 use crate::pure::transitions;
@@ -317,21 +318,12 @@ fn matches_pattern(pattern: &str, text: &str) -> bool {
     }
 }
 
-/// Databases of CouchDB's own, also those below a prefix.
-pub(crate) fn is_system_database(name: &str) -> bool {
-    ["_users", "_replicator", "_global_changes", "_dbs", "_nodes"]
-        .contains(&name.rsplit('/').next().unwrap_or(name))
-}
-
 /// A database's name by CouchDB's rules, system databases included.
 ///
 /// Source: `couch_db:validate_dbname`, 3.5.0: at most 238 characters.
 pub(crate) fn database(text: &str) -> Result<String, String> {
-    if text.contains(['*', '?']) || text.starts_with('!') {
-        return Err(format!(
-            "patterns are not available in this version: expected databases by their names, got `{}`",
-            shown(text)
-        ));
+    if is_pattern(text) || text.starts_with('!') {
+        return Err(format!("expected a database by its name, got a pattern, `{}`", shown(text)));
     }
     let bare =
         if is_system_database(text) { text.rsplit_once('/').map_or("a", |(above, _)| above) } else { text };
@@ -340,6 +332,28 @@ pub(crate) fn database(text: &str) -> Result<String, String> {
     if !fine || text.len() > 238 {
         return Err(format!(
             "expected a database name (a lower-case letter, then lower-case letters, digits and _$()+/-), got `{}`",
+            shown(text)
+        ));
+    }
+    Ok(text.to_owned())
+}
+
+/// A pattern of database names, `tenant-*`.
+pub(crate) fn database_pattern(text: &str) -> Result<String, String> {
+    if text.starts_with('_') {
+        return Err(format!(
+            "a pattern never matches a database whose name begins with `_`, got `{}`; name it singly",
+            shown(text)
+        ));
+    }
+    let fits = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || "_$()+/-*?".contains(c);
+    if !text.starts_with(|c: char| c.is_ascii_lowercase() || c == '*' || c == '?')
+        || !text.chars().all(fits)
+        || text.len() > 238
+    {
+        return Err(format!(
+            "expected a pattern of lower-case letters, digits, _$()+/- with `*` for any text and `?` for one character, \
+             got `{}`",
             shown(text)
         ));
     }

@@ -16,6 +16,7 @@ use crate::pure::dispatch::batches::Batching;
 use crate::pure::format::Format;
 use crate::pure::guard::{self, Guard, Level};
 use crate::pure::message::{DELETED, UPDATED, Watch, matches};
+use crate::pure::pattern::{Pattern, fits, is_pattern};
 use crate::pure::redact::document::Redaction;
 use crate::pure::secret::Secret;
 use crate::pure::transitions;
@@ -45,19 +46,23 @@ pub(crate) fn parse(
         "replications" => Watch::Replications,
         _ => Watch::Changes,
     };
+    let (db, patterns) = match watch {
+        Watch::Changes => databases(&mut reader, name, state_db),
+        Watch::Daemon => (vec![state_db.unwrap_or_default().to_owned()], None),
+        Watch::Replications => (replicator_databases(&mut reader), None),
+    };
     let format = Format::parse(reader.word("format", &[])).expect("the table's words are those of formats");
+    match watch {
+        Watch::Changes => {}
+        Watch::Daemon => no_changes(&mut reader, "daemon", &["db"], format),
+        Watch::Replications => no_changes(&mut reader, "replications", &[], format),
+    }
     let webhook = Webhook {
         name: name.to_owned(),
         endpoint: Secret::new(endpoint.text.expose().trim()),
         watch,
-        db: match watch {
-            Watch::Changes => databases(&mut reader, name, state_db),
-            Watch::Daemon => {
-                no_changes(&mut reader, "daemon", &["db"], format);
-                vec![state_db.unwrap_or_default().to_owned()]
-            }
-            Watch::Replications => replicator_databases(&mut reader, format),
-        },
+        db,
+        patterns,
         since: since(&mut reader),
         events: match watch {
             Watch::Changes => reader.with_default("events", values::events),
@@ -132,31 +137,51 @@ fn guard(reader: &mut Reader<'_>, hookd: Option<&Hookd>) -> Guard {
     }
 }
 
-fn databases(reader: &mut Reader<'_>, name: &str, state_db: Option<&str>) -> Vec<String> {
-    let parse = |text: &str| {
-        let mut names = Vec::new();
-        for part in values::list(text) {
-            let database = values::database(part)?;
-            if Some(part) == state_db {
-                return Err(format!("`{part}` is [hookd] state_db, which cannot be watched"));
-            }
-            if !names.contains(&database) {
-                names.push(database);
-            }
-        }
-        if names.is_empty() {
-            Err("expected databases, separated by commas, got none".to_owned())
-        } else {
-            Ok(names)
-        }
-    };
+/// Those named singly, and what finds others.
+type Databases = (Vec<String>, Option<Pattern>);
+
+fn databases(reader: &mut Reader<'_>, name: &str, state_db: Option<&str>) -> Databases {
+    let parse = |text: &str| databases_of(text, state_db);
     if reader.is_set("db") {
         return reader.read("db", parse).unwrap_or_default();
     }
     parse(name).unwrap_or_else(|why| {
         reader.error("db", format!("without it the webhook's own name counts: {why}"));
-        Vec::new()
+        Databases::default()
     })
+}
+
+/// `orders, tenant-*, !tenant-test`
+fn databases_of(text: &str, state_db: Option<&str>) -> Result<Databases, String> {
+    let (mut named, mut wanted, mut unwanted) = (Vec::new(), Vec::new(), Vec::new());
+    for part in values::list(text) {
+        let bare = part.strip_prefix('!').map(str::trim);
+        let (list, text) = match bare {
+            Some(bare) => (&mut unwanted, bare),
+            None if is_pattern(part) => (&mut wanted, part),
+            None => (&mut named, part),
+        };
+        let parsed = if is_pattern(text) { values::database_pattern(text) } else { values::database(text) }?;
+        if bare.is_none() && Some(part) == state_db {
+            return Err(format!("`{part}` is [hookd] state_db, which cannot be watched"));
+        }
+        if !list.contains(&parsed) {
+            list.push(parsed);
+        }
+    }
+    match (unwanted.first(), wanted.is_empty()) {
+        (Some(unwanted), true) => Err(format!(
+            "`!{unwanted}` leaves out what a pattern such as `tenant-*` would find: expected one beside it, got none"
+        )),
+        _ if named.is_empty() && wanted.is_empty() => {
+            Err("expected databases, separated by commas, got none".to_owned())
+        }
+        (_, true) => Ok((named, None)),
+        (_, false) => match named.iter().find(|name| unwanted.iter().any(|pattern| fits(pattern, name))) {
+            Some(both) => Err(format!("`{both}` is named, and left out by a `!`; delete one of the two")),
+            None => Ok((named.clone(), Some(Pattern::new(wanted, unwanted, named)))),
+        },
+    }
 }
 
 /// Keys that say which changes of documents are told, and how.
@@ -215,8 +240,7 @@ fn no_changes(reader: &mut Reader<'_>, watch: &str, also: &[&str], format: Forma
     }
 }
 
-fn replicator_databases(reader: &mut Reader<'_>, format: Format) -> Vec<String> {
-    no_changes(reader, "replications", &[], format);
+fn replicator_databases(reader: &mut Reader<'_>) -> Vec<String> {
     let parse = |text: &str| {
         let mut names = Vec::new();
         for part in values::list(text) {

@@ -3,6 +3,7 @@
 pub mod alive;
 pub mod client;
 pub mod conflicts;
+pub mod databases;
 pub mod feed;
 mod gate;
 pub mod letters;

@@ -81,6 +81,9 @@ pub(crate) fn hookd(url: &str, login: Option<(&str, &str)>) -> config::Hookd {
         guard: crate::pure::guard::Guard::off(),
         feed_rotate: std::time::Duration::from_secs(60),
         feed_timeout: std::time::Duration::from_secs(60),
+        feed_connections: 16,
+        sweep_interval: std::time::Duration::from_secs(60),
+        sweep_rate: 40,
     }
 }
 

@@ -18,6 +18,7 @@ pub mod complaints;
 pub mod desk;
 pub mod dispatcher;
 pub mod feed_reader;
+pub mod hints;
 pub mod obey;
 pub mod permits;
 pub mod reader_pool;

@@ -354,6 +354,40 @@ fn check_says_what_an_old_server_or_a_wrong_login_means() {
 }
 
 #[test]
+fn check_says_what_a_pattern_finds_and_who_may_look() {
+    for flavour in [Flavour::V1, Flavour::V2, Flavour::V3] {
+        let couch = StandIn::start(Options {
+            admin: Some(("admin".to_owned(), CANARY.to_owned())),
+            users: vec![("hookd".to_owned(), CANARY.to_owned())],
+            ..Options::new(flavour)
+        })
+        .unwrap();
+        (0..120).for_each(|n| couch.create_db(&format!("tenant-{n:03}")));
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let hook = format!("hookd.webhooks.all=http://{}/", listener.local_addr().unwrap());
+        let check = |user: &str, db: &str| {
+            let server =
+                format!("hookd.couchdb_url={}", couch.url().replace("//", &format!("//{user}:{CANARY}@")));
+            let db = format!("hookd.webhook.all.db={db}");
+            checked(&["check", "--json", "--set", &server, "--set", &hook, "--set", &db]).1
+        };
+        let lines = check("admin", "tenant-*, !tenant-000, tenant-001");
+        let expected = "ok: finds 118 databases now: `tenant-002`, `tenant-003`, `tenant-004`, `tenant-005`, `tenant-006`, ...";
+        says(&lines, "webhook `all`, databases `tenant-*, !tenant-000`", expected);
+        says(&lines, "webhook `all`, database `tenant-001`", "ok: its changes can be read");
+        let lines = check("admin", "couch*");
+        says(&lines, "databases `couch*`", "warning: finds no database");
+        says(&lines, "databases `couch*`", "ok: `couch_hookd` is [hookd] state_db, which no pattern finds");
+        let lines = check("hookd", "*");
+        let expected = match flavour {
+            Flavour::V3 => "a pattern needs a server admin, who may list databases, and we are `hookd`: give",
+            _ => "warning: we are no server admin: of databases that we may not read nothing is told",
+        };
+        says(&lines, "databases `*`", expected);
+    }
+}
+
+#[test]
 fn a_configuration_in_couchdb_is_followed_live() {
     check_followed_live(Flavour::V3);
 }

@@ -127,6 +127,9 @@ fn hookd(url: &str) -> Hookd {
         guard: couch_hookd::pure::guard::Guard::off(),
         feed_rotate: Duration::from_secs(60),
         feed_timeout: Duration::from_secs(60),
+        feed_connections: 16,
+        sweep_interval: Duration::from_secs(60),
+        sweep_rate: 40,
     }
 }
 

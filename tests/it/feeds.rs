@@ -125,6 +125,9 @@ fn read_by_sevens(couch: &StandIn, filter: Filter) -> BTreeSet<String> {
         guard: couch_hookd::pure::guard::Guard::off(),
         feed_rotate: Duration::from_secs(60),
         feed_timeout: Duration::from_secs(60),
+        feed_connections: 16,
+        sweep_interval: Duration::from_secs(60),
+        sweep_rate: 40,
     };
     let telling = Telling {
         webhook: "w".to_owned(),

@@ -8,6 +8,7 @@ use std::time::Duration;
 use http::Method;
 use serde::Deserialize;
 
+use crate::cli::check::patterns;
 use crate::cli::check::report::{Level, Report};
 use crate::config::{Filter, Hookd, Webhook};
 use crate::couch::client::{Generation, Server, Welcome, db_path, encoded};
@@ -54,9 +55,9 @@ pub(crate) fn check(hookd: &Hookd, webhooks: &[Webhook], report: &mut Report<'_>
             return report.say(Level::Warning, "rights", "not tried: there is no CouchDB to try them on");
         }
     };
-    if !check_login(&server, report)? {
+    let Some(is_admin) = check_login(&server, report)? else {
         return report.say(Level::Warning, "rights", NOT_IN);
-    }
+    };
     check_state_db(&server, &hookd.state_db, report)?;
     for webhook in webhooks {
         // With `watch = daemon` it is `state_db`, which was looked at.
@@ -66,6 +67,9 @@ pub(crate) fn check(hookd: &Hookd, webhooks: &[Webhook], report: &mut Report<'_>
         }
         for db in webhook.db.iter().filter(|_| webhook.watch == Watch::Replications) {
             check_replicator(&server, generation, webhook, db, report)?;
+        }
+        if let Some(pattern) = &webhook.patterns {
+            patterns::check(&server, hookd, &webhook.name, pattern, is_admin, report)?;
         }
         if generation > Generation::One {
             check_selector(webhook, report)?;
@@ -97,8 +101,8 @@ fn check_clock(date: Option<jiff::Timestamp>, report: &mut Report<'_>) -> Result
     report.say(Level::Warning, "clock", &text)
 }
 
-/// Whether CouchDB lets us in.
-fn check_login(server: &Server, report: &mut Report<'_>) -> Result<bool> {
+/// Whether CouchDB lets us in, and then whether as a server admin.
+fn check_login(server: &Server, report: &mut Report<'_>) -> Result<Option<bool>> {
     #[derive(Deserialize)]
     #[serde(rename_all = "camelCase")]
     struct Session {
@@ -113,7 +117,7 @@ fn check_login(server: &Server, report: &mut Report<'_>) -> Result<bool> {
         Ok(session) => session.user_ctx,
         Err(error) => {
             report.say(Level::Error, "login", &error.to_string())?;
-            return Ok(false);
+            return Ok(None);
         }
     };
     let is_admin = roles.iter().any(|role| role == "_admin");
@@ -130,7 +134,7 @@ fn check_login(server: &Server, report: &mut Report<'_>) -> Result<bool> {
             report.say(Level::Warning, "login", text)?;
         }
     }
-    Ok(true)
+    Ok(Some(is_admin))
 }
 
 fn check_state_db(server: &Server, state_db: &str, report: &mut Report<'_>) -> Result<()> {

@@ -62,6 +62,11 @@ pub(crate) fn ask(setup: &Setup, webhook: &Webhook) -> Vec<Right> {
         };
         rights.push(Right { what, missing });
     }
+    if let Some(pattern) = &webhook.patterns {
+        let what = format!("server admin: lists databases to find `{pattern}`, and hears of changes in them");
+        let why = "we are none; give `username` and `password` of one in [hookd]";
+        rights.push(Right { what, missing: (!who.is_admin).then(|| why.to_owned()) });
+    }
     let state_db = &setup.config.hookd.state_db;
     let (what, missing) = match exists(setup, state_db) {
         Ok(()) => (format!("member of `{state_db}`: dead letters, records"), None),
