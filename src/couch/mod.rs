@@ -11,6 +11,7 @@ pub mod local_docs;
 pub mod node_config;
 pub mod refusal;
 pub mod requests;
+pub mod roster_docs;
 pub mod scheduler;
 #[cfg(test)]
 mod scripted;

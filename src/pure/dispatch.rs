@@ -18,6 +18,8 @@ use crate::pure::message::{self, Arrived, Event, doc_key};
 use crate::pure::seq::Seq;
 use crate::pure::table::Table;
 
+/// What one of the flows that rest may take of the window, which others need, too: 1 of so many parts.
+const SHARES: usize = 4;
 /// Payload a webhook may hold, in bytes; one event is always let in.
 const WINDOW_BYTES: usize = 16 << 20;
 /// A dead letter, or a look-up, that failed is tried again after this.
@@ -61,6 +63,8 @@ pub enum Action {
     Replayed(message::WebhookId, Replayed),
     /// `on_checkpoint`.
     StoreCheckpoint(FlowIndex, Position),
+    /// This flow rests, and nobody needs it: `release` it.
+    LetGo(FlowIndex),
     /// A line for the log.
     Say(Notice),
 }
@@ -181,6 +185,12 @@ pub struct Dispatch {
     next_token: u64,
     /// Where the next round over the flows begins, for fairness.
     turn: usize,
+    /// The same, over those that rest, for reading.
+    read_turn: usize,
+    /// How many of those that rest may read at a time.
+    readings_max: usize,
+    /// Places of flows that were let go.
+    vacant: Vec<FlowIndex>,
     /// No reading and no deliveries: paused, or being stopped.
     halted: bool,
     said: Vec<Notice>,
@@ -218,6 +228,9 @@ impl Dispatch {
             suspects: Vec::new(),
             next_token: 1,
             turn: 0,
+            read_turn: 0,
+            readings_max: 0,
+            vacant: Vec::new(),
             halted: false,
             said: Vec::new(),
             outbox: Vec::new(),
@@ -235,6 +248,43 @@ impl Dispatch {
     /// Reads nothing, ever: for whoever only sends letters again.
     pub fn only_replays(&mut self) {
         self.only_replays = true;
+    }
+
+    /// Flows that [rest](Flow::resting) read so many at a time.
+    pub fn set_readings_max(&mut self, readings_max: usize) {
+        self.readings_max = readings_max;
+    }
+
+    /// One more subscription, which rests; its place. It is to be let go when [`Action::LetGo`] says so.
+    pub fn add(&mut self, flow: Flow) -> FlowIndex {
+        debug_assert!(flow.rests(), "others are there from the start, and stay");
+        match self.vacant.pop() {
+            Some(place) => {
+                self.flows[place] = flow;
+                place
+            }
+            None => {
+                self.flows.push(flow);
+                self.flows.len() - 1
+            }
+        }
+    }
+
+    /// Forgets a subscription that rests; its place is another's from now on.
+    pub fn release(&mut self, flow: FlowIndex) {
+        debug_assert!(self.flows[flow].is_told(), "what was read of it is told");
+        self.flows[flow] = Flow::vacant();
+        self.vacant.push(flow);
+    }
+
+    /// There may be something new in a database.
+    pub fn stir(&mut self, flow: FlowIndex) {
+        self.flows[flow].stir();
+    }
+
+    /// Whether a letter of this subscription is to be sent again: then its flow stays.
+    pub fn is_pinned(&self, flow: FlowIndex) -> bool {
+        self.suspects.iter().any(|suspect| suspect.flow == flow)
     }
 
     /// Stops reading and delivering; what is in flight still comes back.
@@ -490,6 +540,10 @@ impl Dispatch {
             for notice in self.flows[flow].take_notices() {
                 self.said.push(Notice::Flow(flow, notice));
             }
+            let is_over = self.flows[flow].is_at_rest() && !self.flows[flow].is_vacant();
+            if is_over && !self.is_pinned(flow) {
+                actions.push(Action::LetGo(flow));
+            }
         }
         actions.extend(self.said.drain(..).map(Action::Say));
     }
@@ -587,8 +641,37 @@ impl Dispatch {
             if self.flows[flow].should_close(room > 0, now) {
                 actions.push(Action::Close(flow));
             }
+            if self.flows[flow].rests() {
+                continue;
+            }
             let limit = if room > 0 && room >= enough { self.page_limit(room) } else { 0 };
             if let Some(read) = self.flows[flow].next_read(limit, now) {
+                actions.push(Action::Read(flow, read));
+            }
+        }
+        self.poll_resting_reads(now, bytes_free, actions);
+    }
+
+    /// Of those that rest a few read at a time, in turns; and none takes more than its share of the window, so that
+    /// one with a million changes never leaves less for those with one.
+    fn poll_resting_reads(&mut self, now: Instant, bytes_free: usize, actions: &mut Vec<Action>) {
+        let reads = |flow: &&Flow| flow.rests() && flow.is_reading();
+        let mut n_free = self.readings_max.saturating_sub(self.flows.iter().filter(reads).count());
+        let share = (self.endpoint.window() / SHARES).max(1);
+        let (n, turn) = (self.flows.len(), self.read_turn);
+        for flow in (0..n).map(|i| (turn + i) % n) {
+            if n_free == 0 {
+                return;
+            }
+            let n_pending = self.flows[flow].n_pending();
+            // Not a page for every event that is finished.
+            if !self.flows[flow].rests() || n_pending > share / 2 {
+                continue;
+            }
+            let limit = self.page_limit(self.room(bytes_free)).min(share - n_pending);
+            if let Some(read) = self.flows[flow].next_read(limit, now) {
+                self.read_turn = flow + 1;
+                n_free -= 1;
                 actions.push(Action::Read(flow, read));
             }
         }

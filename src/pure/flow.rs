@@ -12,6 +12,9 @@
 //!   |            '---- no room: closed, Page later ----'
 //!   '-- any error, mark changed: wait a little, then Open: read mark, checkpoint, begin behind it
 //! ```
+//!
+//! A flow that [rests](Flow::resting) does so in the place of Wait, until it is [stirred](Flow::stir): one of thousands,
+//! for which nobody keeps a request open.
 
 use std::collections::{BTreeMap, HashSet};
 use std::sync::Arc;
@@ -159,6 +162,8 @@ enum Next {
     Open,
     Page,
     Wait,
+    /// Nothing, until stirred.
+    Rest,
 }
 
 /// The machine.
@@ -171,6 +176,12 @@ pub struct Flow {
     page_rows: usize,
     reading: Reading,
     next: Next,
+    /// Rests where another one waits.
+    rests: bool,
+    /// Something may be new since the last page was asked for.
+    stirred: bool,
+    /// Stands for no database.
+    vacant: bool,
     first_page: bool,
     doc_count: u64,
     failures: u32,
@@ -198,6 +209,9 @@ impl Flow {
             page_rows: PAGE_ROWS,
             reading: Reading::Idle,
             next: Next::Open,
+            rests: false,
+            stirred: false,
+            vacant: false,
             first_page: true,
             doc_count: 0,
             failures: 0,
@@ -213,6 +227,59 @@ impl Flow {
             clock: CheckpointClock::new(checkpoint_interval),
             notices: Vec::new(),
         }
+    }
+
+    /// Never waits for changes: reads to the end, then rests.
+    #[must_use]
+    pub fn resting(self) -> Flow {
+        Flow { rests: true, ..self }
+    }
+
+    /// Of no database; the place of one that was let go.
+    pub fn vacant() -> Flow {
+        let flow = Flow::new(false, Duration::ZERO, Duration::ZERO);
+        Flow { rests: true, vacant: true, next: Next::Rest, ..flow }
+    }
+
+    /// Whether it stands for no database.
+    pub fn is_vacant(&self) -> bool {
+        self.vacant
+    }
+
+    /// Whether it rests instead of waiting.
+    pub fn rests(&self) -> bool {
+        self.rests
+    }
+
+    /// There may be something new in its database: a page that is asked for after this is read to the end before it
+    /// rests again.
+    pub fn stir(&mut self) {
+        self.stirred = true;
+        if self.next == Next::Rest {
+            self.next = Next::Page;
+        }
+    }
+
+    /// Whether all that it was stirred for is read, told and stored: it may be let go, and nothing is lost with it but
+    /// the memory against rewinds.
+    pub fn is_at_rest(&self) -> bool {
+        self.next == Next::Rest && self.reading == Reading::Idle && self.is_done()
+    }
+
+    /// Whether everything that was read is told and stored, so that after a fault it may be let go and opened later.
+    pub fn is_done(&self) -> bool {
+        self.lanes.is_empty() && self.is_stored()
+    }
+
+    /// Whether nothing that was read waits to be told, and no checkpoint is being stored: for a database that is gone,
+    /// with everything that was stored in it.
+    pub fn is_told(&self) -> bool {
+        self.lanes.is_empty() && !self.clock.writing
+    }
+
+    /// Whether something is being read.
+    pub fn is_reading(&self) -> bool {
+        !matches!(self.reading, Reading::Idle | Reading::Parked(_))
     }
 
     /// With other pages, so that a test of a few rows has full ones.
@@ -297,6 +364,7 @@ impl Flow {
             }
             Next::Page => {
                 let limit = room.min(self.page_rows);
+                self.stirred = false;
                 self.reading = Reading::Page { limit, n_rows: 0 };
                 Some(Read::Page { since: self.watermark.read_seq().clone(), limit })
             }
@@ -304,6 +372,7 @@ impl Flow {
                 self.reading = Reading::Waiting { since: now };
                 Some(Read::Wait { since: self.watermark.read_seq().clone() })
             }
+            Next::Rest => None,
         }
     }
 
@@ -439,7 +508,11 @@ impl Flow {
                 self.beyond.version += 1;
             }
         }
-        self.next = if to_the_end { Next::Wait } else { Next::Page };
+        self.next = match to_the_end {
+            true if !self.rests => Next::Wait,
+            true if !self.stirred => Next::Rest,
+            true | false => Next::Page,
+        };
         self.failures = 0;
         self.same_fault = (None, 0);
         self.reading = Reading::Idle;
@@ -644,7 +717,8 @@ impl Flow {
 
     /// Whether the stored checkpoint says all that it could.
     pub fn is_stored(&self) -> bool {
-        !self.clock.writing && !self.clock.moved(self.watermark.through_seq(), self.beyond.version)
+        self.vacant
+            || !self.clock.writing && !self.clock.moved(self.watermark.through_seq(), self.beyond.version)
     }
 
     /// Makes the next checkpoint due now, if anything moved: before a clean end.

@@ -29,6 +29,7 @@ pub mod rep_error;
 pub mod replication;
 pub mod resubmit;
 pub mod retry;
+pub mod roster;
 mod scan;
 pub mod secret;
 pub mod seq;

@@ -230,6 +230,7 @@ impl<'a> Shell<'a> {
                 self.position = Some((position.through_seq, position.delivered));
                 self.dispatch.on_checkpoint(FLOW, Some("0-1".to_owned()), now);
             }
+            Action::LetGo(_) => unreachable!("the only flow waits for changes and never rests"),
             Action::Say(notice) => self.say(&notice),
         }
         Ok(())
