@@ -88,6 +88,11 @@ pub struct FeedCloser {
 }
 
 impl FeedCloser {
+    /// Of a line that something else than a [`Feed`] reads.
+    pub(crate) fn of(line: &Line) -> FeedCloser {
+        FeedCloser { cutter: line.cutter() }
+    }
+
     /// Ends the request under way with [`FeedEnd::Closed`]; when there is none, the next one at once. The feed can
     /// make new requests afterwards. A wait for the login gate is not cut short; it lasts as long as one `GET /`.
     pub fn close(&self) {
@@ -103,7 +108,7 @@ impl Feed {
 
     /// What ends this feed's requests; may be copied and sent to other threads.
     pub fn closer(&self) -> FeedCloser {
-        FeedCloser { cutter: self.line.cutter() }
+        FeedCloser::of(&self.line)
     }
 
     /// Makes one request and hands its items over after every read, until it ends. `on_items` gets only rows and

@@ -365,8 +365,12 @@ fn read_local(server: &Server, db: &str, path: &str) -> Result<Option<Reply>> {
 /// pouchdb-server (milliseconds) it is the time of opening, on 2.0 to 3.2 it is `"0"`.
 fn creation_time(generation: Generation, info: &Info) -> Option<String> {
     let time = info.instance_start_time.as_ref()?.as_str()?;
-    let is_seconds = (9..=11).contains(&time.len()) && time.bytes().all(|byte| byte.is_ascii_digit());
-    (generation == Generation::Three && is_seconds).then(|| time.to_owned())
+    (generation == Generation::Three && is_creation_time(time)).then(|| time.to_owned())
+}
+
+/// Whether an `instance_start_time` is in seconds, as only a time of creation is.
+pub(crate) fn is_creation_time(time: &str) -> bool {
+    (9..=11).contains(&time.len()) && time.bytes().all(|byte| byte.is_ascii_digit())
 }
 
 /// On 1.x `instance_start_time` is the time of opening.

@@ -4,6 +4,7 @@ pub mod alive;
 pub mod client;
 pub mod conflicts;
 pub mod databases;
+pub mod db_updates;
 pub mod feed;
 mod gate;
 pub mod letters;

@@ -24,6 +24,7 @@ use crate::standin::quirks::{FaultKind, Quirks};
 use crate::standin::replicator::Replicator;
 use crate::standin::routes::{self, Reply};
 use crate::standin::store::Database;
+use crate::standin::updates_feed::{self, News};
 use crate::sys;
 
 /// Requests kept in the log; older ones are dropped.
@@ -133,7 +134,7 @@ impl StandIn {
 
     /// Deletes a database; nothing when there is none.
     pub fn delete_db(&self, db: &str) {
-        self.world.change(|state| state.databases.remove(db));
+        self.world.change(|state| state.delete_db(db));
     }
 
     /// Writes a document over whatever wins now, so that it never conflicts; its new revision.
@@ -367,6 +368,8 @@ pub(crate) struct State {
     pub(crate) config: BTreeMap<String, BTreeMap<String, String>>,
     pub(crate) filters: BTreeMap<String, FilterFunction>,
     pub(crate) wrong_logins: BTreeMap<String, u32>,
+    /// What `_db_updates` tells.
+    pub(crate) news: News,
     pub(crate) n_open_feeds: usize,
     /// Changes that feeds have looked at, passed or not.
     pub(crate) n_scanned: u64,
@@ -416,6 +419,7 @@ impl State {
             config: BTreeMap::new(),
             filters: BTreeMap::new(),
             wrong_logins: BTreeMap::new(),
+            news: News::default(),
             n_open_feeds: 0,
             n_scanned: 0,
             replicator: Replicator::default(),
@@ -439,8 +443,26 @@ impl State {
         self.n_created += 1;
         let incarnation = self.rng.u64(1..=u64::MAX >> 8) ^ self.n_created;
         let now = sys::wall().as_microsecond();
-        self.databases.insert(db.to_owned(), Database::new(self.flavour, self.n_shards, incarnation, now));
+        let made = Database::new(self.flavour, self.n_shards, incarnation, now).telling(db, &self.news);
+        self.databases.insert(db.to_owned(), made);
+        self.tell("created", db);
         true
+    }
+
+    /// Deletes a database; whether there was one.
+    pub(crate) fn delete_db(&mut self, db: &str) -> bool {
+        let was_there = self.databases.remove(db).is_some();
+        if was_there {
+            self.tell("deleted", db);
+        }
+        was_there
+    }
+
+    fn tell(&self, kind: &'static str, db: &str) {
+        self.news.note(kind, db);
+        if self.flavour != Flavour::V1 {
+            self.news.note("updated", "_dbs");
+        }
     }
 
     pub(crate) fn db(&mut self, db: &str) -> Result<&mut Database> {
@@ -499,6 +521,9 @@ fn handle(world: &World, request: &Request, answer: Answer<'_>) {
         }
         None | Some(FaultKind::Late(_)) if routes::is_changes(request) => {
             return changes_feed::answer(world, request, answer);
+        }
+        None | Some(FaultKind::Late(_)) if routes::is_updates(request) => {
+            return updates_feed::answer(world, request, answer);
         }
         None | Some(FaultKind::Late(_)) => world.change(|state| routes::reply(state, request)),
     };

@@ -18,3 +18,4 @@ mod scheduler_routes;
 mod selector;
 mod seqs;
 mod store;
+mod updates_feed;

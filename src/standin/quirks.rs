@@ -49,8 +49,15 @@ pub struct Quirks {
     pub scheduler_shift_max: usize,
     /// Every so-manieth row is missing from `_scheduler/docs`.
     pub scheduler_row_lost_every: Option<u64>,
-    /// Nodes of the cluster beside the one that answers.
+    /// Nodes of the cluster beside the one that answers. With one or more an idle database's `update_seq` is spelled in
+    /// one of six ways at each call (CONTRACT §9).
     pub n_other_nodes: usize,
+    /// `_db_updates` is open and gives signs of life, but no lines.
+    pub drop_updates: bool,
+    /// There is no `_dbs_info`, as on 2.0 and 2.1.
+    pub no_dbs_info: bool,
+    /// `_dbs_info` takes so many names (`max_db_number_for_dbs_info_req`); 100 by default.
+    pub dbs_info_max: Option<usize>,
 }
 
 /// An answer to make instead of the right one.

@@ -92,6 +92,11 @@ pub(crate) fn is_changes(request: &Request) -> bool {
     segments.len() == 2 && segments[1] == "_changes" && matches!(request.method.as_str(), "GET" | "POST")
 }
 
+/// Whether `updates_feed` answers this request.
+pub(crate) fn is_updates(request: &Request) -> bool {
+    request.method == "GET" && request.segments() == ["_db_updates"]
+}
+
 /// Answers a request.
 pub(crate) fn reply(state: &mut State, request: &Request) -> Reply {
     route(state, request).unwrap_or_else(|refusal| Reply::refusal(&refusal))
@@ -202,12 +207,16 @@ fn route(state: &mut State, request: &Request) -> Outcome {
             if current {
                 need_admin(&who)?;
             }
-            let names: Vec<String> = state.databases.keys().map(|name| quoted(name)).collect();
-            Ok(Reply::ok(format!("[{}]", names.join(","))))
+            all_dbs(state, request)
         }
         ("GET", ["_active_tasks"]) => scheduler_routes::active_tasks(state, &who),
         (_, ["_scheduler", rest @ ..]) => scheduler_routes::scheduler(state, &who, method, rest, request),
-        ("POST", ["_dbs_info"]) if !old => dbs_info(state, request),
+        ("POST", ["_dbs_info"]) if !old && !state.quirks.no_dbs_info => {
+            if current {
+                need_admin(&who)?;
+            }
+            dbs_info(state, request)
+        }
         (_, ["_config", rest @ ..]) if old => config(state, &who, method, rest, &request.body),
         ("GET", ["_node", "_local"]) if current => Ok(Reply::ok(format!(r#"{{"name":"{NODE}"}}"#))),
         ("GET", ["_node", _]) if !old => {
@@ -245,9 +254,28 @@ fn session(who: &Who) -> Reply {
     Reply::ok(format!(r#"{{"ok":true,"userCtx":{{"name":{name},"roles":[{roles}]}},"info":{{}}}}"#))
 }
 
+/// `limit` and `startkey` are for 2.x and 3.x; 1.x does not look at them.
+fn all_dbs(state: &State, request: &Request) -> Outcome {
+    let pages = state.flavour != Flavour::V1;
+    let value = |name: &str| request.query_value(name).filter(|_| pages);
+    let start: Option<String> =
+        value("startkey").or(value("start_key")).map(|text| json(text.as_bytes())).transpose()?;
+    let limit = value("limit").and_then(|limit| limit.parse().ok()).unwrap_or(usize::MAX);
+    let names = state.databases.range(start.unwrap_or_default()..).take(limit);
+    let names: Vec<String> = names.map(|(name, _)| quoted(name)).collect();
+    Ok(Reply::ok(format!("[{}]", names.join(","))))
+}
+
+/// Names that `_dbs_info` takes.
+const DBS_INFO_MAX: usize = 100;
+
 fn dbs_info(state: &mut State, request: &Request) -> Outcome {
     let body: Value = json(&request.body)?;
-    let keys = body.get("keys").and_then(Value::as_array).cloned().unwrap_or_default();
+    let missing = || Refusal::new(400, "bad_request", "`keys` member must exist.");
+    let keys = body.get("keys").and_then(Value::as_array).cloned().ok_or_else(missing)?;
+    if keys.len() > state.quirks.dbs_info_max.unwrap_or(DBS_INFO_MAX) {
+        return Err(Refusal::new(400, "bad_request", "too_many_keys"));
+    }
     let mut infos = Vec::new();
     for name in keys.iter().filter_map(Value::as_str) {
         infos.push(match info(state, name) {
@@ -258,24 +286,29 @@ fn dbs_info(state: &mut State, request: &Request) -> Outcome {
     Ok(Reply::ok(format!("[{}]", infos.join(","))))
 }
 
-/// `GET /db` as the version lays it out; sizes are made up.
+/// How many ways there are to spell an idle database's `update_seq` on a cluster.
+const SPELLINGS: u32 = 6;
+
+/// `GET /db` as the version lays it out; sizes are made up, but `_local` documents add to what is in use (seen).
 fn info(state: &mut State, name: &str) -> Option<String> {
-    let salt = state.rng.u32(..);
+    // The node that happens to answer for each shard; alone it is always the same.
+    let salt = if state.quirks.n_other_nodes > 0 { state.rng.u32(..SPELLINGS) } else { 0 };
     let db = state.databases.get(name)?;
+    let bytes = 2402 + db.active_bytes();
     let n_live = db.live_docs().count();
     let n_deleted = db.ids().len() - n_live;
     let (name, seq) = (quoted(name), seqs::spell(state.flavour, db.incarnation, &db.end(), salt, false));
     Some(match state.flavour {
         Flavour::V1 => format!(
-            r#"{{"db_name":{name},"doc_count":{n_live},"doc_del_count":{n_deleted},"update_seq":{seq},"purge_seq":0,"compact_running":false,"disk_size":36968,"data_size":1516,"instance_start_time":"{}","disk_format_version":6,"committed_update_seq":{seq}}}"#,
+            r#"{{"db_name":{name},"doc_count":{n_live},"doc_del_count":{n_deleted},"update_seq":{seq},"purge_seq":0,"compact_running":false,"disk_size":36968,"data_size":{bytes},"instance_start_time":"{}","disk_format_version":6,"committed_update_seq":{seq}}}"#,
             db.opened_micros
         ),
         Flavour::V2 => format!(
-            r#"{{"db_name":{name},"update_seq":{seq},"sizes":{{"file":38275,"external":692,"active":2402}},"purge_seq":0,"other":{{"data_size":692}},"doc_del_count":{n_deleted},"doc_count":{n_live},"disk_size":38275,"disk_format_version":6,"data_size":2402,"compact_running":false,"cluster":{{"q":{},"n":1,"w":1,"r":1}},"instance_start_time":"0"}}"#,
+            r#"{{"db_name":{name},"update_seq":{seq},"sizes":{{"file":38275,"external":692,"active":{bytes}}},"purge_seq":0,"other":{{"data_size":692}},"doc_del_count":{n_deleted},"doc_count":{n_live},"disk_size":38275,"disk_format_version":6,"data_size":{bytes},"compact_running":false,"cluster":{{"q":{},"n":1,"w":1,"r":1}},"instance_start_time":"0"}}"#,
             db.end().0.len()
         ),
         Flavour::V3 => format!(
-            r#"{{"instance_start_time":"{}","db_name":{name},"purge_seq":"0-g1AAAABdeJzLYWBg","update_seq":{seq},"sizes":{{"file":57746,"external":377,"active":2113}},"props":{{}},"doc_del_count":{n_deleted},"doc_count":{n_live},"disk_format_version":8,"compact_running":false,"cluster":{{"q":{},"n":1,"w":1,"r":1}}}}"#,
+            r#"{{"instance_start_time":"{}","db_name":{name},"purge_seq":"0-g1AAAABdeJzLYWBg","update_seq":{seq},"sizes":{{"file":57746,"external":377,"active":{bytes}}},"props":{{}},"doc_del_count":{n_deleted},"doc_count":{n_live},"disk_format_version":8,"compact_running":false,"cluster":{{"q":{},"n":1,"w":1,"r":1}}}}"#,
             if state.quirks.no_creation_time { 0 } else { db.created_seconds },
             db.end().0.len()
         ),
@@ -326,7 +359,7 @@ fn on_database(state: &mut State, who: &Who, method: &str, name: &str, request: 
         }
         "DELETE" => {
             need_admin(who)?;
-            if state.databases.remove(name).is_some() {
+            if state.delete_db(name) {
                 return Ok(Reply::ok("{\"ok\":true}"));
             }
             let reason = if state.flavour == Flavour::V1 { "missing" } else { "Database does not exist." };

@@ -10,6 +10,7 @@ use sha2::{Digest, Sha256};
 
 use crate::standin::couch::Flavour;
 use crate::standin::docs::{Document, Incoming, Refusal, Rev, next_rev, quoted};
+use crate::standin::updates_feed::News;
 
 /// Earlier states kept per database, to be undone by a crash: far more than are written in the second after
 /// which a real 1.x commits.
@@ -54,6 +55,8 @@ pub(crate) struct Database {
     pub(crate) security: Option<String>,
     pub(crate) revs_limit: u64,
     undo: VecDeque<Undo>,
+    /// Its name, and who is told of its updates.
+    telling: Option<(Arc<str>, News)>,
 }
 
 impl Database {
@@ -69,7 +72,19 @@ impl Database {
             security: None,
             revs_limit: 1000,
             undo: VecDeque::new(),
+            telling: None,
         }
+    }
+
+    /// The same, whose updates are told under this name.
+    pub(crate) fn telling(self, name: &str, news: &News) -> Database {
+        Database { telling: Some((name.into(), news.clone())), ..self }
+    }
+
+    /// Bytes in use; only what differs with the `_local` documents is true of any database.
+    pub(crate) fn active_bytes(&self) -> usize {
+        let newest = self.locals.values().filter_map(|local| local.versions.last());
+        newest.map(|(_, body)| body.len() + 30).sum()
     }
 
     pub(crate) fn doc(&self, id: &str) -> Option<&Document> {
@@ -129,6 +144,13 @@ impl Database {
         let doc = self.docs.entry(Arc::clone(&id)).or_default();
         doc.insert(path, deleted, body);
         doc.stem(revs_limit);
+        if let Some((name, news)) = &self.telling {
+            news.note("updated", name);
+            if self.flavour == Flavour::V1 && id.starts_with("_design/") {
+                // An Erlang term in the place of a name (seen on 1.7.1).
+                news.note("ddoc_updated", &format!("{{<<\"{name}\">>,<<\"{id}\">>}}"));
+            }
+        }
         let shard = &mut self.shards[at];
         shard.by_seq.remove(&doc.seq);
         shard.seq += 1;

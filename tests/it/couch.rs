@@ -18,15 +18,15 @@ use couch_hookd::sys;
 use http::Method;
 
 /// A server and a database of its own, deleted at the end.
-struct World {
-    url: String,
-    server: Server,
-    generation: Generation,
-    db: String,
+pub(crate) struct World {
+    pub(crate) url: String,
+    pub(crate) server: Server,
+    pub(crate) generation: Generation,
+    pub(crate) db: String,
 }
 
 /// Checks with every server there is.
-fn each_world(name: &str, check: impl Fn(World)) {
+pub(crate) fn each_world(name: &str, check: impl Fn(World)) {
     for flavour in [Flavour::V1, Flavour::V2, Flavour::V3] {
         let admin = Some(("admin".to_owned(), "admin".to_owned()));
         let standin = StandIn::start(Options { admin, ..Options::new(flavour) }).unwrap();
@@ -38,7 +38,7 @@ fn each_world(name: &str, check: impl Fn(World)) {
 }
 
 impl World {
-    fn new(url: &str, name: &str) -> World {
+    pub(crate) fn new(url: &str, name: &str) -> World {
         let server = Server::new(&hookd(url)).unwrap();
         let generation = server.welcome().unwrap().generation;
         // Needs encoding: such names exist.
@@ -48,12 +48,13 @@ impl World {
         world
     }
 
-    fn create(&self) {
+    /// Deletes the database, if there is one, and makes it again.
+    pub(crate) fn create(&self) {
         let _ = self.server.request(&Method::DELETE, &db_path(&self.db, &[]), None, &[]);
         self.server.request(&Method::PUT, &db_path(&self.db, &[]), None, &[]).unwrap();
     }
 
-    fn put(&self, id: &str, body: &str) {
+    pub(crate) fn put(&self, id: &str, body: &str) {
         self.server.put_json(&db_path(&self.db, &[id]), body).unwrap();
     }
 
@@ -107,7 +108,7 @@ impl Drop for World {
 }
 
 /// From a URL, with a login in it or without.
-fn hookd(url: &str) -> Hookd {
+pub(crate) fn hookd(url: &str) -> Hookd {
     let (scheme, rest) = url.split_once("://").unwrap();
     let (login, host) = rest.split_once('@').unwrap_or(("", rest));
     let login = login.split_once(':');

@@ -14,6 +14,7 @@ mod commands_replications;
 mod configuring;
 mod conflicts;
 mod couch;
+mod databases;
 mod docs;
 mod ending;
 mod endpoints;
