@@ -24,6 +24,7 @@ mod status;
 mod table;
 mod tail;
 mod test;
+mod update_notification;
 mod watch;
 
 use clap::error::ErrorKind;
@@ -31,7 +32,7 @@ use clap::{CommandFactory, Parser, Subcommand};
 
 use crate::cli::out::{Out, complain};
 use crate::error::{Kind, Result};
-use crate::host::Mode;
+use crate::host::{self, Mode};
 
 /// Turns what happens inside CouchDB into signed webhooks, losing nothing.
 #[derive(Debug, Parser)]
@@ -54,6 +55,8 @@ enum Command {
         [os_daemons]\n  \
         couch_hookd = /usr/bin/couch-hookd os-daemon")]
     OsDaemon,
+    /// Run under CouchDB 1.x, 2.0 or 2.1, which starts it from its section update_notification
+    UpdateNotification(update_notification::Arguments),
     /// Follow one database, to try it; writes nothing to CouchDB
     Watch(watch::Arguments),
     /// Find everything that is wrong: configuration, server, rights, endpoints
@@ -98,12 +101,16 @@ pub fn main() -> u8 {
     }
     let arguments = match Arguments::try_parse() {
         Ok(arguments) => arguments,
+        Err(error) if must_stay() => {
+            return update_notification::stay(&one_line_of(&error.render().to_string()));
+        }
         Err(error) => return refuse(&error),
     };
     let out = &mut Out::new();
     settle(match arguments.command {
         Command::Run(arguments) => run::run(arguments),
         Command::OsDaemon => run::os_daemon(),
+        Command::UpdateNotification(arguments) => return update_notification::run(&arguments),
         Command::Watch(arguments) => watch::run(arguments, out),
         Command::Check(arguments) => check::run(arguments, out),
         Command::Status(arguments) => status::run(arguments, out),
@@ -122,6 +129,13 @@ pub fn main() -> u8 {
         Command::Man(arguments) => manual::run(&arguments, Arguments::command(), out),
         Command::Secret => secret::run(out),
     })
+}
+
+/// Whether CouchDB started us with arguments that it may not even be told are wrong: from `[update_notification]` an end,
+/// or a word on stdout, would take its HTTP down (CONTRACT §4), and in a misspelt command that cannot be told from others.
+fn must_stay() -> bool {
+    let is_named = std::env::args_os().nth(1).is_some_and(|word| word == "update-notification");
+    host::is_between_pipes() && (is_named || host::is_under_erlang())
 }
 
 /// The README's reference of commands: a table in Markdown, from the one definition.

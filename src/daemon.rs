@@ -20,14 +20,16 @@ use crate::couch::client::Server;
 use crate::couch::state_db;
 use crate::error::{Kind, Result};
 use crate::host::config_poller::ConfigPoller;
+use crate::host::ending::Closed;
 use crate::host::standalone::{Signal, Signals};
-use crate::host::stdio::{Closed, Stdio};
+use crate::host::stdio::Stdio;
 use crate::host::systemd::Systemd;
 use crate::pipeline::Shared;
 use crate::pipeline::checkpointer;
 use crate::pipeline::complaints::{Complaint, Outage};
 use crate::pipeline::desk::{Ask, Desk};
 use crate::pipeline::dispatcher::{Order, Running};
+use crate::pipeline::hints::Hints;
 use crate::pipeline::permits::Permits;
 use crate::pipeline::reader_pool::ReaderPool;
 use crate::pure::checkpoint::StateKey;
@@ -44,6 +46,8 @@ const OWN_END: (Duration, Duration) = (Duration::from_millis(3_500), Duration::f
 const TICK: Duration = Duration::from_millis(50);
 /// A webhook whose thread panicked starts again after this.
 const RESTART_AFTER: Duration = Duration::from_secs(5);
+/// A notifier without a configuration that can be used reads its files again: nobody restarts it.
+const READ_AGAIN: Duration = Duration::from_secs(10);
 /// Questions of the desk on their way.
 const ASKS_MAX: usize = 16;
 const FEED_CONNECTIONS: usize = 16;
@@ -64,6 +68,24 @@ pub enum Start {
     Files(Sources),
     /// By ourselves, from `_config` over HTTP.
     Polled(Receiver<Verdict<Raw>>),
+    /// CouchDB started us from `[update_notification]`, and ends us by closing stdin. A configuration that cannot be
+    /// used is no reason to end.
+    Notified {
+        /// Gives one message when CouchDB is gone.
+        closed: Receiver<Closed>,
+        /// What it says of databases.
+        hints: Arc<Hints>,
+        /// Where the configuration comes from.
+        configured: Configured,
+    },
+}
+
+/// Where a configuration comes from that no host gives.
+pub enum Configured {
+    /// From files.
+    Files(Sources),
+    /// From `_config` over HTTP.
+    Polled(Receiver<Verdict<Raw>>),
 }
 
 /// Runs until told to end; gives the exit status: 0, or 2 when started by itself with a configuration that
@@ -73,27 +95,46 @@ pub enum Start {
 /// `Io` when no thread can be started or signals cannot be caught.
 pub fn run(start: Start) -> Result<u8> {
     let systemd = Systemd::from_environment();
-    let (stdio, poller, signals, mut files, mut polled) = match start {
-        Start::Host(stdio, overrides) => {
-            let poller = ConfigPoller::start(stdio.client())?;
-            (Some((stdio, overrides)), Some(poller), None, None, None)
+    let (mut stdio, mut poller, mut notified) = (None, None, None);
+    let configured = match start {
+        Start::Host(host, overrides) => {
+            poller = Some(ConfigPoller::start(host.client())?);
+            stdio = Some((host, overrides));
+            None
         }
-        Start::Files(sources) => (None, None, Some(Signals::catch()?), Some(sources), None),
-        Start::Polled(answers) => (None, None, Some(Signals::catch()?), None, Some(answers)),
+        Start::Files(sources) => Some(Configured::Files(sources)),
+        Start::Polled(answers) => Some(Configured::Polled(answers)),
+        Start::Notified { closed, hints, configured } => {
+            notified = Some((closed, hints));
+            Some(configured)
+        }
+    };
+    let signals = configured.as_ref().map(|_| Signals::catch()).transpose()?;
+    let (mut files, mut polled) = match configured {
+        Some(Configured::Files(sources)) => (Some(sources), None),
+        Some(Configured::Polled(answers)) => (None, Some(answers)),
+        None => (None, None),
     };
     let (checkpoints, checkpointer) = checkpointer::start()?;
-    let mut daemon = Daemon::new(checkpoints);
-    if let Some(sources) = &files {
-        let raw = source::load(sources);
-        if !daemon.apply_raw(&raw, true) {
-            log::error!("the configuration cannot be used; see `couch-hookd check`");
+    let hints = notified.as_ref().map(|(_, hints)| Arc::clone(hints)).unwrap_or_default();
+    let mut daemon = Daemon::new(checkpoints, hints);
+    if let Some(sources) = &files
+        && !daemon.apply_raw(&source::load(sources), true)
+    {
+        log::error!("the configuration cannot be used; see `couch-hookd check`");
+        if notified.is_none() {
             log::logger().flush();
             return Ok(2);
         }
     }
     systemd.ready();
     let host_answers = poller.as_ref().map_or_else(never, ConfigPoller::answers);
-    let host_closed = stdio.as_ref().map_or_else(never, |(stdio, _)| stdio.closed());
+    let host_closed = match (&stdio, &notified) {
+        (Some((stdio, _)), _) => stdio.closed(),
+        (None, Some((closed, _))) => closed.clone(),
+        (None, None) => never(),
+    };
+    let again = if notified.is_some() { tick(READ_AGAIN) } else { never() };
     let received = signals.as_ref().map_or_else(never, Signals::received);
     let alive = systemd.alive_every().map_or_else(never, tick);
     let ticker = tick(TICK);
@@ -134,12 +175,16 @@ pub fn run(start: Start) -> Result<u8> {
                 Err(_) => daemon.connect_again(),
             },
             recv(asked) -> ask => ask.into_iter().for_each(|ask| daemon.on_ask(ask)),
+            recv(again) -> _ => if let (Some(sources), None) = (&files, &daemon.config) {
+                daemon.apply_raw(&source::load(sources), true);
+            },
             recv(ticker) -> _ => daemon.tick(),
             recv(alive) -> _ => systemd.alive(),
         }
     }
     systemd.stopping();
-    let (deliveries, checkpoint) = if stdio.is_some() { HOSTED_END } else { OWN_END };
+    let is_hosted = stdio.is_some() || notified.is_some();
+    let (deliveries, checkpoint) = if is_hosted { HOSTED_END } else { OWN_END };
     daemon.stop(deliveries, checkpoint);
     drop(checkpointer);
     log::logger().flush();
@@ -210,6 +255,7 @@ struct Daemon {
     connection: Option<Connection>,
     slots: BTreeMap<String, Slot>,
     checkpoints: checkpointer::CheckpointSender,
+    hints: Arc<Hints>,
     /// What the desk of the connection asks.
     asks: Sender<Ask>,
     asked: Receiver<Ask>,
@@ -221,7 +267,7 @@ struct Daemon {
 }
 
 impl Daemon {
-    fn new(checkpoints: checkpointer::CheckpointSender) -> Daemon {
+    fn new(checkpoints: checkpointer::CheckpointSender, hints: Arc<Hints>) -> Daemon {
         let (asks, asked) = bounded(ASKS_MAX);
         Daemon {
             asks,
@@ -232,6 +278,7 @@ impl Daemon {
             connection: None,
             slots: BTreeMap::new(),
             checkpoints,
+            hints,
             watched: Arc::default(),
             said_started: Arc::default(),
             left: Vec::new(),
@@ -250,6 +297,7 @@ impl Daemon {
     }
 
     fn reload(&mut self, files: Option<&mut Sources>) {
+        say_if_failed(crate::log::reopen());
         let Some(sources) = files else {
             log::info!("SIGHUP: the configuration comes from CouchDB and is asked for anyway");
             return;
@@ -264,6 +312,11 @@ impl Daemon {
     /// Judges a configuration, says what is wrong with it, and applies it if it can be used.
     fn apply_raw(&mut self, raw: &Raw, settled: bool) -> bool {
         let (parsed, findings) = config::parse(raw);
+        // First: what is said of a configuration that cannot be used is to be found there, too.
+        match config::log_file(raw) {
+            None if parsed.config.is_none() => {}
+            path => say_if_failed(crate::log::set_file(path.as_deref())),
+        }
         // Half a configuration has faults that the whole one has not.
         if settled {
             let texts: Vec<String> = findings.iter().map(ToString::to_string).collect();
@@ -360,6 +413,7 @@ impl Daemon {
             outage: Arc::clone(&connection.outage),
             watched: Arc::clone(&self.watched),
             said_started: Arc::clone(&self.said_started),
+            hints: Arc::clone(&self.hints),
             ..shared(&connection.server, hookd, facts.key, source, self.checkpoints.clone())
         };
         match Desk::start(&shared, self.asks.clone()) {
@@ -526,7 +580,14 @@ pub(crate) fn shared(
         board: Arc::default(),
         watched: Arc::default(),
         said_started: Arc::default(),
+        hints: Arc::default(),
         hookd: Arc::clone(hookd),
+    }
+}
+
+fn say_if_failed(outcome: Result<()>) {
+    if let Err(error) = outcome {
+        log::error!("{error}");
     }
 }
 

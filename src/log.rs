@@ -1,14 +1,16 @@
-//! Where log lines go and how they look: CouchDB's log through the host, stderr, a file.
+//! Where log lines go and how they look: CouchDB's log through the host, stderr, or a file in its place.
 //!
 //! Guarantees that one record is one line whatever its text holds, that nothing is ever written to stdout from
 //! here, that a panic anywhere is logged as an error, and that other crates are heard from warning up only
 //! (`ureq` tells each step of each request at debug, and endpoint paths at trace). The limits of hosted logging are `host::stdio`'s.
 //! Text lines are `simplelog`'s; JSON lines and the journal's priorities, which it does not know, are ours.
 
+use std::fs::File;
 use std::io::{LineWriter, Write};
-use std::path::PathBuf;
-use std::sync::Mutex;
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use crossbeam_channel::{Sender, TrySendError, bounded};
@@ -26,10 +28,9 @@ pub enum Sink {
     /// To CouchDB, over the thread that owns stdout. What finds no room in the channel goes to stderr when it is an
     /// error, and is counted otherwise.
     Host(Sender<HostLog>),
-    /// To stderr, as text until [`set_format`] says otherwise; with `<N>` priorities and no time when it is the journal's.
+    /// To stderr, as text until [`set_format`] says otherwise, with `<N>` priorities and no time when it is the
+    /// journal's; or to the file of [`set_file`], in the same formats.
     Stderr,
-    /// Appended to a file, in the same formats.
-    File(PathBuf),
 }
 
 /// What the thread that owns stdout gets from us.
@@ -49,19 +50,27 @@ const FLUSH_MAX: Duration = Duration::from_millis(300);
 const PANIC_CHARS_MAX: usize = 1_000;
 
 static JSON: AtomicBool = AtomicBool::new(false);
+/// Whether lines go to stderr when nothing else is said, and so may go to a file instead.
+static STDERR: AtomicBool = AtomicBool::new(false);
+static FILE: Mutex<Option<LogFile>> = Mutex::new(None);
+
+/// What stands in the place of stderr.
+struct LogFile {
+    path: PathBuf,
+    /// `None`: it could not be opened, and stderr has to do.
+    file: Option<File>,
+}
 
 /// Installs the process's one logger and the panic hook.
 ///
 /// # Errors
-/// `Io` when the file cannot be opened for appending, or a logger is installed already.
+/// `Io` when a logger is installed already.
 pub fn install(sink: Sink, level: LevelFilter) -> Result<()> {
     let logger = match sink {
         Sink::Host(to) => Logger { out: Out::Host { to, lost: Mutex::new(0) } },
-        Sink::Stderr => Logger::lines(std::io::stderr(), std::io::stderr(), is_journal()),
-        Sink::File(path) => {
-            let open = || std::fs::OpenOptions::new().append(true).create(true).open(&path);
-            let failed = |error| Error::new(Kind::Io, format!("log file `{}`: {error}", path.display()));
-            Logger::lines(open().map_err(failed)?, open().map_err(failed)?, false)
+        Sink::Stderr => {
+            STDERR.store(true, Ordering::Relaxed);
+            Logger::lines(FileOrStderr, FileOrStderr, is_journal())
         }
     };
     log::set_boxed_logger(Box::new(logger))
@@ -81,6 +90,83 @@ pub fn set_format(format: LogFormat) {
     JSON.store(format == LogFormat::Json, Ordering::Relaxed);
 }
 
+/// Sends lines to a file from now on instead of to stderr, or to stderr again; nothing happens when they go there
+/// already, or to the host. Stderr is told where to look.
+///
+/// # Errors
+/// `Io` when the file cannot be opened for appending; lines then go to stderr until [`reopen`] goes well.
+pub fn set_file(path: Option<&Path>) -> Result<()> {
+    let mut current = file();
+    let is_same = current.as_ref().map(|file| &*file.path) == path;
+    if is_same || !STDERR.load(Ordering::Relaxed) {
+        return Ok(());
+    }
+    *current = None;
+    let Some(path) = path else { return Ok(()) };
+    let opened = open(path);
+    if opened.is_ok() {
+        let text =
+            format!("couch-hookd: log lines go to `{}` from now on\n", one_line(&path.to_string_lossy()));
+        // Whoever does not read this sees nothing else there either.
+        let _ = std::io::stderr().write_all(text.as_bytes());
+    }
+    let (file, outcome) = opened.map_or_else(|error| (None, Err(error)), |file| (Some(file), Ok(())));
+    *current = Some(LogFile { path: path.to_owned(), file });
+    outcome
+}
+
+/// Opens the log file anew, for whoever moved it away.
+///
+/// # Errors
+/// As [`set_file`].
+pub fn reopen() -> Result<()> {
+    let mut current = file();
+    let Some(LogFile { path, file }) = &mut *current else { return Ok(()) };
+    *file = None;
+    *file = Some(open(path)?);
+    Ok(())
+}
+
+fn open(path: &Path) -> Result<File> {
+    let failed = |why: String| {
+        let path = one_line(&path.to_string_lossy());
+        Error::new(Kind::Io, format!("log file `{path}`: {why}; log lines go to stderr"))
+    };
+    // Asked first: opening a pipe would wait for its other end.
+    match std::fs::metadata(path) {
+        Ok(found) if !found.is_file() => {
+            return Err(failed("expected a file, got something else".to_owned()));
+        }
+        _ => {}
+    }
+    // What is told there is not for everybody: names of databases and documents.
+    let mut options = File::options();
+    options.append(true).create(true).mode(0o640).open(path).map_err(|error| failed(error.to_string()))
+}
+
+fn file() -> MutexGuard<'static, Option<LogFile>> {
+    FILE.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Writes a line to the file when there is one that takes it, else to stderr.
+#[derive(Clone)]
+struct FileOrStderr;
+
+impl Write for FileOrStderr {
+    fn write(&mut self, line: &[u8]) -> std::io::Result<usize> {
+        if let Some(LogFile { file: Some(file), .. }) = &mut *file()
+            && file.write_all(line).is_ok()
+        {
+            return Ok(line.len());
+        }
+        std::io::stderr().write(line)
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        Ok(())
+    }
+}
+
 /// Writes out what waits; before the process ends. Takes 300 ms at most.
 pub fn flush() {
     log::logger().flush();
@@ -91,17 +177,31 @@ struct Logger {
 }
 
 enum Out {
-    Host { to: Sender<HostLog>, lost: Mutex<u64> },
-    Lines { text: Box<dyn Log>, json: Mutex<Box<dyn Write + Send>>, journal: bool },
+    Host {
+        to: Sender<HostLog>,
+        lost: Mutex<u64>,
+    },
+    Lines {
+        text: Box<dyn Log>,
+        json: Mutex<Box<dyn Write + Send>>,
+        /// For stderr, when it is the journal's.
+        journal: Option<Box<dyn Log>>,
+    },
 }
 
 impl Logger {
-    /// Both formats into the same place; one `write` per line, so that lines of two processes never mix.
-    fn lines(text: impl Write + Send + 'static, json: impl Write + Send + 'static, journal: bool) -> Logger {
-        let config = if journal { bare() } else { dated() };
-        let text = LineWriter::with_capacity(2 * MESSAGE_BYTES_MAX, text);
-        let text = simplelog::WriteLogger::new(LevelFilter::Trace, config, text);
-        Logger { out: Out::Lines { text, json: Mutex::new(Box::new(json)), journal } }
+    /// All formats into the same place; one `write` per line, so that lines of two processes never mix.
+    fn lines(
+        text: impl Write + Send + Clone + 'static,
+        json: impl Write + Send + 'static,
+        journal: bool,
+    ) -> Logger {
+        let logger = |config| {
+            let text = LineWriter::with_capacity(2 * MESSAGE_BYTES_MAX, text.clone());
+            simplelog::WriteLogger::new(LevelFilter::Trace, config, text) as Box<dyn Log>
+        };
+        let journal = journal.then(|| logger(bare()));
+        Logger { out: Out::Lines { text: logger(dated()), json: Mutex::new(Box::new(json)), journal } }
     }
 }
 
@@ -121,7 +221,7 @@ impl Log for Logger {
             Out::Host { to, lost } => send(to, lost, Line { level: record.level(), text }),
             Out::Lines { json, .. } if JSON.load(Ordering::Relaxed) => {
                 let line = json_line(record.level(), record.target(), &text, sys::wall());
-                let mut json = json.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+                let mut json = json.lock().unwrap_or_else(PoisonError::into_inner);
                 // A log that cannot be written has nowhere to say so.
                 let _ = json.write_all(line.as_bytes());
             }
@@ -129,11 +229,12 @@ impl Log for Logger {
                 let line = one_line(&text);
                 let mut builder = Record::builder();
                 builder.level(record.level()).target(record.target());
-                if *journal {
-                    let priority = priority(record.level());
-                    logger.log(&builder.args(format_args!("<{priority}>{line}")).build());
-                } else {
-                    logger.log(&builder.args(format_args!("{line}")).build());
+                match journal {
+                    Some(journal) if file().is_none() => {
+                        let priority = priority(record.level());
+                        journal.log(&builder.args(format_args!("<{priority}>{line}")).build());
+                    }
+                    _ => logger.log(&builder.args(format_args!("{line}")).build()),
                 }
             }
         }
@@ -153,7 +254,7 @@ impl Log for Logger {
 
 /// Never waits: a CouchDB that does not read must not stop deliveries.
 fn send(to: &Sender<HostLog>, lost: &Mutex<u64>, line: Line) {
-    let mut lost = lost.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+    let mut lost = lost.lock().unwrap_or_else(PoisonError::into_inner);
     if *lost > 0 && to.try_send(HostLog::Lost(*lost)).is_ok() {
         *lost = 0;
     }
@@ -312,6 +413,65 @@ mod tests {
         let json: serde_json::Value = serde_json::from_str(&lines[0]).unwrap();
         assert_eq!((json["level"].as_str(), json["message"].as_str()), (Some("warn"), Some("a \"b\"\\n")));
         assert_eq!(lines[0].matches('\n').count(), 1);
+        a_file_takes_the_place_of_stderr();
+    }
+
+    fn a_file_takes_the_place_of_stderr() {
+        let dir = std::env::temp_dir().join(format!("couch-hookd-log-{}", std::process::id()));
+        std::fs::create_dir_all(&dir).unwrap();
+        let (path, moved) = (dir.join("hookd.log"), dir.join("hookd.log.1"));
+        let read = |path: &Path| std::fs::read_to_string(path).unwrap_or_default();
+        set_file(Some(&path)).unwrap();
+        assert!(file().is_none(), "lines that do not go to stderr stay where they are");
+        STDERR.store(true, Ordering::Relaxed);
+        set_file(Some(&path)).unwrap();
+        let logger = Logger::lines(FileOrStderr, FileOrStderr, true);
+        say(&logger, Level::Info, "couch_hookd", "one");
+        std::fs::rename(&path, &moved).unwrap();
+        set_file(Some(&path)).unwrap();
+        say(&logger, Level::Info, "couch_hookd", "two");
+        reopen().unwrap();
+        say(&logger, Level::Info, "couch_hookd", "three");
+        set_format(LogFormat::Json);
+        say(&logger, Level::Info, "couch_hookd", "four");
+        set_format(LogFormat::Text);
+        let (first, second) = (read(&moved), read(&path));
+        let ends = |text: &str| {
+            text.lines().map(|line| line[line.find(' ').unwrap()..].to_owned()).collect::<Vec<_>>()
+        };
+        assert_eq!(ends(&first), [" [INFO] one", " [INFO] two"], "{first}");
+        assert!(
+            second.contains(" [INFO] three\n{") && second.ends_with("\"message\":\"four\"}\n"),
+            "{second}"
+        );
+        use std::os::unix::fs::PermissionsExt;
+        assert_eq!(
+            std::fs::metadata(&path).unwrap().permissions().mode() & 0o007,
+            0,
+            "others read names there"
+        );
+
+        let error = set_file(Some(&dir)).unwrap_err().to_string();
+        let expected = format!(
+            "log file `{}`: expected a file, got something else; log lines go to stderr",
+            dir.display()
+        );
+        assert_eq!(error, expected);
+        say(&logger, Level::Info, "couch_hookd", "to stderr");
+        let pipe = dir.join("pipe");
+        nix::unistd::mkfifo(&pipe, nix::sys::stat::Mode::S_IRWXU).unwrap();
+        assert!(set_file(Some(&pipe)).is_err(), "and nothing waits for a reader");
+        assert!(reopen().is_err(), "still a pipe");
+        std::fs::remove_file(&pipe).unwrap();
+        reopen().unwrap();
+        say(&logger, Level::Info, "couch_hookd", "five");
+        assert!(read(&pipe).ends_with(" [INFO] five\n"));
+        set_file(Some(Path::new("/dev/full"))).unwrap_err();
+        set_file(None).unwrap();
+        say(&logger, Level::Info, "couch_hookd", "to stderr");
+        assert_eq!(read(&pipe).lines().count(), 1);
+        STDERR.store(false, Ordering::Relaxed);
+        std::fs::remove_dir_all(&dir).unwrap();
     }
 
     #[test]

@@ -3,10 +3,11 @@
 //! Every error here concerns the whole configuration.
 
 use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
 
 use log::LevelFilter;
 
-use crate::config::finding::{Finding, Raw};
+use crate::config::finding::{Finding, Origin, Raw};
 use crate::config::keys::Section;
 use crate::config::reader::Reader;
 use crate::config::{Hookd, LogFormat, couchdb_url_from, values};
@@ -21,6 +22,7 @@ pub(crate) fn parse(raw: &Raw, findings: &mut Vec<Finding>) -> Option<Hookd> {
     let mut reader = Reader::new(Section::Hookd, None, raw.sections.get("hookd").unwrap_or(&nothing));
     let url = couchdb_url(&mut reader, raw);
     let (username, password) = credentials(&mut reader, &url);
+    judge_log_file(&mut reader, raw);
     let hookd = Hookd {
         couchdb_url: url.base(),
         username,
@@ -53,6 +55,28 @@ pub(crate) fn parse(raw: &Raw, findings: &mut Vec<Finding>) -> Option<Hookd> {
     let fine = !found.iter().any(Finding::is_error);
     findings.extend(found);
     fine.then_some(hookd)
+}
+
+/// The file for log lines, even of a configuration that cannot be used otherwise: that is what will be logged.
+///
+/// One that stands in `_config` does not count: whoever may write there must not have us write into any file.
+pub(crate) fn log_file(raw: &Raw) -> Option<PathBuf> {
+    let value = raw.value("hookd", "log_file").filter(|value| value.origin != Origin::CouchConfig)?;
+    Some(PathBuf::from(value.text.expose().trim())).filter(|path| path.is_absolute())
+}
+
+/// A log that cannot be had is no reason to deliver nothing.
+fn judge_log_file(reader: &mut Reader<'_>, raw: &Raw) {
+    let Some(text) = reader.read("log_file", |text| Ok(text.to_owned())) else { return };
+    if !Path::new(&text).is_absolute() {
+        let message =
+            format!("expected an absolute path, got `{}`; log lines go to stderr", values::shown(&text));
+        reader.warning("log_file", message);
+    } else if log_file(raw).is_none() {
+        let message = "what CouchDB's configuration says does not count: expected `--set hookd.log_file=PATH` or \
+            COUCH_HOOKD_LOG_FILE; log lines go to stderr";
+        reader.warning("log_file", message);
+    }
 }
 
 fn couchdb_url(reader: &mut Reader<'_>, raw: &Raw) -> Url {

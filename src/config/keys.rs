@@ -28,6 +28,8 @@ pub enum Kind {
     Url,
     /// A path; relative ones count from `$CREDENTIALS_DIRECTORY`, then from the ini file's directory.
     Path,
+    /// An absolute path of a file that need not exist.
+    NewFile,
     /// A database's name.
     Database,
     /// Database names and patterns of them, separated by commas; `!` in front leaves out.
@@ -138,7 +140,18 @@ pub const KEYS: &[Key] = &[
         "Database for dead letters, requests and one record per webhook. Made at the start, admins only.",
     ),
     hookd("log_level", Kind::Word(&["error", "warn", "info", "debug"]), "info", "What is logged."),
-    hookd("log_format", Kind::Word(&["text", "json"]), "text", "How log lines on stderr look."),
+    hookd(
+        "log_format",
+        Kind::Word(&["text", "json"]),
+        "text",
+        "How log lines on stderr and in `log_file` look.",
+    ),
+    optional(hookd(
+        "log_file",
+        Kind::NewFile,
+        "/var/log/couch-hookd/couch-hookd.log",
+        "File that takes log lines in place of stderr, opened anew at SIGHUP. Under `[os_daemons]` CouchDB's log takes them.",
+    )),
     optional(hookd(
         "public_url",
         Kind::Url,
@@ -406,7 +419,7 @@ impl fmt::Display for Kind {
             Kind::Text => f.write_str("text"),
             Kind::Secret => f.write_str("text, secret"),
             Kind::Url => f.write_str("URL"),
-            Kind::Path => f.write_str("path"),
+            Kind::Path | Kind::NewFile => f.write_str("path"),
             Kind::Database => f.write_str("database"),
             Kind::Databases => f.write_str("databases and patterns, by commas"),
             Kind::Word(words) => write!(f, "`{}`", words.join("`, `")),
@@ -458,7 +471,7 @@ impl Key {
 
     /// Whether it may be set by `KEY_file`; a path is one already.
     pub fn takes_file(&self) -> bool {
-        self.kind != Kind::Path
+        !matches!(self.kind, Kind::Path | Kind::NewFile)
     }
 }
 
@@ -474,10 +487,12 @@ pub fn find(section: Section, name: &str) -> Option<&'static Key> {
 /// The known name of a section that `name` was probably meant to be, with `_file` where `name` ends so.
 pub fn nearest(section: Section, name: &str) -> Option<String> {
     let lower = name.to_ascii_lowercase().replace('-', "_");
-    let names = KEYS.iter().filter(|key| key.section == section).map(|key| key.name);
-    match lower.strip_suffix("_file") {
-        Some(bare) if lower != "ca_file" => nearest_of(bare, names, 2).map(|name| format!("{name}_file")),
-        _ => nearest_of(&lower, names, 2).map(str::to_owned),
+    let names = || KEYS.iter().filter(|key| key.section == section).map(|key| key.name);
+    let of_a_file = lower.strip_suffix("_file").and_then(|bare| nearest_of(bare, names(), 2));
+    match of_a_file {
+        // `ca` and `log` are no keys by themselves.
+        Some(name) if lower != "ca_file" => Some(format!("{name}_file")),
+        _ => nearest_of(&lower, names(), 2).map(str::to_owned),
     }
 }
 
@@ -512,6 +527,19 @@ pub fn sample_os_daemons() -> String {
          [os_daemons]\n\
          ; No blanks in paths and arguments; a comment in this line would end the command.\n\
          couch_hookd = /usr/bin/couch-hookd os-daemon\n{}",
+        sample_sections()
+    )
+}
+
+/// `couchdb-ini/local.d-hookd-notified.ini`: for CouchDB 1.x, 2.0 and 2.1, which tells it of work.
+pub fn sample_update_notification() -> String {
+    format!(
+        "; couch-hookd told of work by CouchDB 1.x, 2.0 and 2.1: put this into CouchDB's local.d directory, as couch-hookd.ini.\n\
+         ; In place of a line under [os_daemons]: both together would tell everything twice.\n\
+         ; {SAMPLE_NOTES}\n\n\
+         [update_notification]\n\
+         ; No blanks in paths and arguments; a comment in this line would end the command. The file is this one.\n\
+         couch_hookd = /usr/bin/couch-hookd update-notification --config /etc/couchdb/local.d/couch-hookd.ini\n{}",
         sample_sections()
     )
 }

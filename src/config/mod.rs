@@ -33,6 +33,7 @@ use crate::pure::secret::Secret;
 use crate::pure::transitions;
 use crate::pure::url::Url;
 
+pub(crate) use crate::config::hookd::log_file;
 pub(crate) use crate::config::webhook::{OF_CHANGES, OF_REPLICATIONS};
 
 /// Sections that are read whatever they hold: ours, and those that say where CouchDB listens. The section of

@@ -791,10 +791,37 @@ fn sections_to_ask_for_follow_the_list() {
 }
 
 #[test]
+fn a_log_file_is_found_whatever_else_is_wrong_and_never_believed_of_couchdb() {
+    let check = |lines: &str, expected: Option<&str>, said: &str| {
+        let raw = raw(&format!("[hookd]\n{lines}\n"), Dialect::Since3_3);
+        let (parsed, findings) = parse(&raw);
+        assert_eq!(log_file(&raw).as_deref(), expected.map(std::path::Path::new), "{lines}");
+        let about = findings.iter().filter(|finding| finding.place.contains("log_file"));
+        assert_eq!(about.map(ToString::to_string).collect::<Vec<_>>().join("\n"), said, "{lines}");
+        parsed.config.is_some()
+    };
+    assert!(check("log_file = /var/log/x.log", Some("/var/log/x.log"), ""));
+    assert!(!check("log_file = /var/log/x.log\nlog_level = loud", Some("/var/log/x.log"), ""));
+    let relative =
+        "hookd.ini:2: [hookd] log_file: expected an absolute path, got `x.log`; log lines go to stderr";
+    assert!(check("log_file = x.log", None, relative), "no reason to deliver nothing");
+    let sections = [("hookd".to_owned(), [("log_file".to_owned(), "/etc/passwd".to_owned())].into())].into();
+    let raw = source::from_sections(&sections, &Origin::CouchConfig, &source::Overrides::default());
+    assert_eq!(log_file(&raw), None);
+    let (parsed, findings) = parse(&raw);
+    assert!(parsed.config.is_some());
+    assert!(
+        findings.iter().any(|finding| finding.to_string().contains("`--set hookd.log_file=PATH`")),
+        "{findings:?}"
+    );
+}
+
+#[test]
 fn samples_are_generated_and_read_the_same_by_all_versions() {
     for (text, file) in [
         (keys::sample_standalone(), expect_file!["../../couchdb-ini/hookd.ini"]),
         (keys::sample_os_daemons(), expect_file!["../../couchdb-ini/local.d-hookd.ini"]),
+        (keys::sample_update_notification(), expect_file!["../../couchdb-ini/local.d-hookd-notified.ini"]),
     ] {
         file.assert_eq(&text);
         // Also with every default and example made to count.

@@ -1,9 +1,11 @@
 //! Who started us, and what follows from it: where configuration comes from, where logs go, when to end.
 
 pub mod config_poller;
+pub mod ending;
 pub mod standalone;
 pub mod stdio;
 pub mod systemd;
+pub mod update_notification;
 
 use std::os::fd::AsFd;
 
@@ -22,8 +24,20 @@ impl Mode {
     /// What the bare command means: an os_daemon when stdin and stdout are pipes, as CouchDB makes them; `None`
     /// (print help, exit 2) anywhere else.
     pub fn of_bare_start() -> Option<Mode> {
-        (is_pipe(std::io::stdin()) && is_pipe(std::io::stdout())).then_some(Mode::OsDaemon)
+        is_between_pipes().then_some(Mode::OsDaemon)
     }
+}
+
+/// Whether stdin and stdout are pipes, as CouchDB makes them.
+pub fn is_between_pipes() -> bool {
+    is_pipe(std::io::stdin()) && is_pipe(std::io::stdout())
+}
+
+/// Whether an Erlang machine started us: before OTP 19 it is our parent itself, since then its helper is. `false` where
+/// there is no `/proc`.
+pub fn is_under_erlang() -> bool {
+    let name = std::fs::read_to_string(format!("/proc/{}/comm", ending::parent()));
+    name.is_ok_and(|name| name.starts_with("beam") || name.starts_with("erl_child_setup"))
 }
 
 fn is_pipe(end: impl AsFd) -> bool {

@@ -4,7 +4,7 @@
 //! stdin  -> thread host:stdin  -> replies (in the order of the gets) -> HostClient
 //! HostClient, log -> thread host:stdout (log limits) -> stdout
 //! getppid() -> thread host:parent
-//! any of the three sees the end -> `Closed` to the daemon, errors `Stopped` to callers; 900 ms later: exit 0
+//! any of the three sees the end -> `Closed` to the daemon, errors `Stopped` to callers; 900 ms later: exit 0 (`ending`)
 //! ```
 //!
 //! Guarantees: only whole protocol lines reach stdout, from one thread; one `get` at a time; an answer that comes
@@ -13,13 +13,13 @@
 
 use std::collections::BTreeMap;
 use std::io::{BufRead, BufReader, Read, Write};
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, RecvTimeoutError, SendTimeoutError, Sender, at, bounded, never, select};
 
 use crate::error::{Error, Kind, Result};
+use crate::host::ending::{self, Closed, Ending};
 use crate::log::HostLog;
 use crate::pure::log_limit::LogLimit;
 use crate::pure::os_daemon::{self, Reply, Section};
@@ -28,10 +28,6 @@ use crate::sys;
 /// How long an answer may take. CouchDB's daemon manager was seen held up for 7 s by another daemon and for 18 s by
 /// a change of configuration; nothing waits for an answer but the next configuration.
 pub const GET_TIMEOUT: Duration = Duration::from_secs(30);
-/// After the end of stdin the clean way has this long, then the process exits whatever it is doing.
-pub const LAST_RESORT_AFTER: Duration = Duration::from_millis(900);
-/// Between two looks at our parent. After SIGTERM CouchDB on OTP 20 takes over a second to go, so this is soon enough.
-const PARENT_EVERY: Duration = Duration::from_millis(500);
 /// Longest reply that is kept: a section with 10,000 keys.
 const REPLY_BYTES_MAX: usize = 4 << 20;
 /// How long [`Stdio::stop`] waits for a host that does not read.
@@ -43,26 +39,13 @@ const REQUESTS_MAX: usize = 64;
 /// Replies that wait to be taken: never more than one, unless a host writes what nobody asked for.
 const REPLIES_MAX: usize = 8;
 
-/// Why the host is gone.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Closed {
-    /// stdin reached its end: CouchDB stopped, restarted, or dropped us.
-    StdinEnded,
-    /// stdin cannot be read.
-    StdinFailed(String),
-    /// stdout cannot be written.
-    StdoutFailed(String),
-    /// Our parent is another one than at the start.
-    ParentGone,
-}
-
 /// The running connection to the host. End it with [`Stdio::stop`].
 #[derive(Debug)]
 pub struct Stdio {
     client: HostClient,
     log: Sender<HostLog>,
     closed: Receiver<Closed>,
-    begun: Arc<AtomicBool>,
+    ending: Ending,
     /// Dropped to stop the parent watcher.
     watch: Sender<()>,
     watcher: sys::Thread,
@@ -83,12 +66,11 @@ pub struct HostClient {
 /// # Errors
 /// `Io` when no thread can be started.
 pub fn start() -> Result<Stdio> {
-    let parent = || nix::unistd::getppid().as_raw();
-    start_on(std::io::stdin(), std::io::stdout(), parent, || std::process::exit(0))
+    start_on(std::io::stdin(), std::io::stdout(), ending::parent, ending::exit)
 }
 
 /// Starts on other ends, for tests: `parent` gives the parent's process id, `last_resort` runs
-/// [`LAST_RESORT_AFTER`] the host is gone.
+/// [`ending::LAST_RESORT_AFTER`] the host is gone.
 ///
 /// # Errors
 /// `Io` when no thread can be started.
@@ -101,12 +83,9 @@ pub fn start_on(
     let (reply_to, replies) = bounded(REPLIES_MAX);
     let (request_to, requests) = bounded(REQUESTS_MAX);
     let (log, lines) = bounded(LOG_LINES_MAX);
-    let (closed_to, closed) = bounded(1);
     let (watch, watched) = bounded(0);
-    let begun = Arc::new(AtomicBool::new(false));
-    let ending = Ending { begun: begun.clone(), closed: closed_to, last_resort: Arc::new(last_resort) };
+    let (ending, closed) = Ending::new(last_resort);
     let (reader_ending, writer_ending) = (ending.clone(), ending.clone());
-    let first_parent = parent();
     let writer = sys::spawn("host:stdout", move || {
         if let Err(error) = write_lines(output, &requests, &lines) {
             // Whoever sends from now on learns at once that nobody writes any more.
@@ -114,13 +93,7 @@ pub fn start_on(
             writer_ending.begin(Closed::StdoutFailed(error.to_string()));
         }
     })?;
-    let watcher = sys::spawn("host:parent", move || {
-        while watched.recv_timeout(PARENT_EVERY) == Err(RecvTimeoutError::Timeout) {
-            if parent() != first_parent {
-                return ending.begin(Closed::ParentGone);
-            }
-        }
-    })?;
+    let watcher = ending.watch_parent(parent, watched)?;
     let reader = sys::spawn("host:stdin", move || {
         let reason = read_replies(BufReader::new(input), &reply_to);
         // Whoever waits for an answer learns at once that none will come.
@@ -129,7 +102,7 @@ pub fn start_on(
     })?;
     let asker = Arc::new(Mutex::new(Asker { replies, n_owed: 0 }));
     let client = HostClient { requests: request_to, asker, timeout: GET_TIMEOUT };
-    Ok(Stdio { client, log, closed, begun, watch, watcher, writer, reader })
+    Ok(Stdio { client, log, closed, ending, watch, watcher, writer, reader })
 }
 
 impl Stdio {
@@ -154,7 +127,7 @@ impl Stdio {
     /// # Errors
     /// What a thread panicked with.
     pub fn stop(self) -> Result<(), String> {
-        if !self.begun.load(Ordering::SeqCst) {
+        if !self.ending.is_begun() {
             let (done, wait) = bounded(1);
             if self.client.requests.send_timeout(Request::Stop(done), STOP_MAX).is_ok() {
                 // No answer means that the host went or does not read; the writer is then left.
@@ -162,7 +135,7 @@ impl Stdio {
             }
         }
         drop(self.watch);
-        if self.begun.load(Ordering::SeqCst) {
+        if self.ending.is_begun() {
             return Ok(());
         }
         self.watcher.join()?;
@@ -269,26 +242,6 @@ fn gone() -> Error {
     Error::new(Kind::Stopped, "the host is gone")
 }
 
-/// Ends the process once, whoever notices first that the host is gone.
-#[derive(Clone)]
-struct Ending {
-    begun: Arc<AtomicBool>,
-    closed: Sender<Closed>,
-    last_resort: Arc<dyn Fn() + Send + Sync>,
-}
-
-impl Ending {
-    fn begin(&self, reason: Closed) {
-        if self.begun.swap(true, Ordering::SeqCst) {
-            return;
-        }
-        // There is room: this is the one message of the channel.
-        let _ = self.closed.try_send(reason);
-        sys::sleep(LAST_RESORT_AFTER);
-        (self.last_resort)();
-    }
-}
-
 /// Hands on every line until the end. A line that nobody asked for finds no room one day and is dropped: the end
 /// of stdin must be seen whatever a host writes.
 fn read_replies(mut input: impl BufRead, replies: &Sender<Vec<u8>>) -> Closed {
@@ -369,7 +322,7 @@ fn write_line(output: &mut impl Write, line: &[u8]) -> std::io::Result<()> {
 #[cfg(test)]
 mod tests {
     use std::io::{PipeReader, PipeWriter};
-    use std::sync::atomic::AtomicI32;
+    use std::sync::atomic::{AtomicI32, Ordering};
 
     use super::*;
     use crate::pure::log_limit::Line;
@@ -492,7 +445,7 @@ mod tests {
         assert!(host.exited.try_recv().is_err(), "the clean way goes first");
         host.exited.recv_timeout(LONG).unwrap();
         let took = sys::now() - start;
-        assert!(took >= LAST_RESORT_AFTER, "{took:?}");
+        assert!(took >= ending::LAST_RESORT_AFTER, "{took:?}");
         host.stdio.stop().unwrap();
     }
 

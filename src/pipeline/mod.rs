@@ -37,6 +37,7 @@ use crate::pipeline::board::Board;
 use crate::pipeline::checkpointer::CheckpointSender;
 use crate::pipeline::complaints::Outage;
 use crate::pipeline::feed_reader::FilteredPages;
+use crate::pipeline::hints::Hints;
 use crate::pipeline::permits::Permits;
 use crate::pipeline::reader_pool::ReaderPool;
 use crate::pure::checkpoint::StateKey;
@@ -68,6 +69,8 @@ pub struct Shared {
     pub watched: Arc<AtomicBool>,
     /// Whether `daemon.started` was said.
     pub said_started: Arc<AtomicBool>,
+    /// What is said of databases and was not yet looked into.
+    pub hints: Arc<Hints>,
     /// Times of `[hookd]`.
     pub hookd: Arc<crate::config::Hookd>,
 }

@@ -44,5 +44,6 @@ pub mod table;
 pub mod test_event;
 mod told;
 pub mod transitions;
+pub mod update_notification;
 pub mod url;
 pub mod watermark;

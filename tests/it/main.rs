@@ -25,6 +25,7 @@ mod guard;
 mod host;
 mod http_client;
 mod kills;
+mod notified;
 mod receiver;
 mod recreation;
 mod replications;

@@ -72,7 +72,7 @@ const ONLY_IN: &[(&str, &[&str])] = &[
     ("println!(", &["src/cli", "src/demo"]),
     (" print!(", &["src/cli", "src/demo"]),
     ("dbg!(", &[]),
-    ("process::exit(", &["src/main.rs", "src/host/stdio.rs"]),
+    ("process::exit(", &["src/main.rs", "src/host/ending.rs"]),
 ];
 
 #[test]
