@@ -50,7 +50,6 @@ const RESTART_AFTER: Duration = Duration::from_secs(5);
 const READ_AGAIN: Duration = Duration::from_secs(10);
 /// Questions of the desk on their way.
 const ASKS_MAX: usize = 16;
-const FEED_CONNECTIONS: usize = 16;
 /// Between two tries to reach CouchDB.
 const CONNECT_AGAIN: [Duration; 5] = [
     Duration::from_millis(50),
@@ -574,7 +573,8 @@ pub(crate) fn shared(
         source,
         permits: Arc::new(Permits::new(hookd.deliveries_max)),
         checkpoints,
-        pool: Arc::new(ReaderPool::new(server, FEED_CONNECTIONS)),
+        pool: Arc::new(ReaderPool::new(server, hookd.feed_connections)),
+        lookout: Arc::new(crate::pipeline::lookout::Lookout),
         filtered_pages: Arc::default(),
         outage: Arc::new(Outage::new(server.base_url())),
         board: Arc::default(),

@@ -51,6 +51,9 @@ pub struct WebhookRecord {
     /// Of the configuration that was last seen.
     #[serde(default)]
     pub fingerprint: String,
+    /// The patterns whose databases have got their starting points.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub patterns: Option<String>,
     /// `since` of the configuration at the first start; a later one has no effect.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub since: Option<String>,

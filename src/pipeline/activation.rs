@@ -8,16 +8,20 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 
 use crate::config::{self, Since};
+use crate::couch::client::Generation;
 use crate::couch::feed;
 use crate::couch::local_docs;
 use crate::couch::requests::{self, Command, Progress, Request};
+use crate::couch::roster_docs;
 use crate::couch::state_db::{self, DeadLetterClass, WebhookRecord};
 use crate::error::{Context, Kind, Result};
 use crate::pipeline::Shared;
+use crate::pipeline::starting_points;
 use crate::pipeline::store::change_record;
 use crate::pure::checkpoint::{Checkpoint, Mark};
-use crate::pure::dispatch::{FlowIndex, SuspectLetter};
+use crate::pure::dispatch::SuspectLetter;
 use crate::pure::message::{Watch, WebhookId};
+use crate::pure::roster::Entry;
 use crate::replication;
 use crate::sys;
 
@@ -28,8 +32,12 @@ pub struct Active {
     pub record: WebhookRecord,
     /// Whether this was its first start.
     pub first: bool,
-    /// Letters that the daemon itself sends again.
-    pub suspects: Vec<(FlowIndex, SuspectLetter)>,
+    /// Letters that the daemon itself sends again, each with its database.
+    pub suspects: Vec<(String, SuspectLetter)>,
+    /// What is known of databases that are found by pattern.
+    pub databases: Vec<(String, Entry)>,
+    /// To write that with.
+    pub bucket_revs: BTreeMap<u8, String>,
     /// Dead letters that are stored, counted up to the limit.
     pub n_letters: u64,
     /// More of them pause the webhook.
@@ -47,21 +55,35 @@ pub fn is_known(shared: &Shared, webhook: &config::Webhook) -> Result<bool> {
     Ok(record.is_some_and(|record| record.fingerprint == webhook.fingerprint))
 }
 
-/// Brings the webhook's record up to date, making it at the first start.
+/// Brings the webhook's record up to date, making it at the first start. Whether `is_wanted` elsewhere is asked
+/// while databases are walked through, which may take minutes.
 ///
 /// # Errors
-/// Whatever CouchDB answered; nothing is half done that a second call would not complete.
-pub fn activate(shared: &Shared, webhook: &config::Webhook) -> Result<Active> {
+/// Whatever CouchDB answered, `Stopped` when wanted elsewhere; nothing is half done that a second call would not
+/// complete.
+pub fn activate(shared: &Shared, webhook: &config::Webhook, is_wanted: &dyn Fn() -> bool) -> Result<Active> {
     let Shared { server, state_db, .. } = shared;
     let stored = state_db::read_record(server, state_db, &webhook.name)?;
     let first = stored.as_ref().is_none_or(|record| record.activated_at.is_none());
     let databases = if first { first_start(shared, webhook)? } else { BTreeMap::new() };
+    let patterns = webhook.patterns.as_ref().map(ToString::to_string);
+    let (mut found, mut bucket_revs) = (Vec::new(), BTreeMap::new());
+    if let Some(pattern) = &webhook.patterns {
+        (found, bucket_revs) = roster_docs::read_all(server, state_db, &webhook.name)
+            .context(|| "failed to read what is known of databases".to_owned())?;
+        let is_taken = stored.as_ref().is_some_and(|record| record.patterns == patterns);
+        if !is_taken && webhook.since == Since::Now {
+            starting_points::take(shared, webhook, pattern, &mut found, is_wanted)?;
+            starting_points::store(shared, webhook, &found, &mut bucket_revs)?;
+        }
+    }
     let record = change_record(server, state_db, &webhook.name, |record| {
         if record.activated_at.is_none() {
             record.activated_at = Some(sys::wall());
             record.databases = databases.clone();
             record.since = Some(since_text(&webhook.since).to_owned());
         }
+        record.patterns.clone_from(&patterns);
         if record.fingerprint != webhook.fingerprint {
             // A changed section is how an operator says that the endpoint is another one now. One that was paused
             // by a command before it ever ran has none yet.
@@ -76,9 +98,11 @@ pub fn activate(shared: &Shared, webhook: &config::Webhook) -> Result<Active> {
         .context(|| "failed to list dead letters".to_owned())?;
     let suspects = letters.into_iter().filter(|letter| letter.class == DeadLetterClass::Suspect);
     let suspects = suspects.filter_map(|letter| {
-        let flow = webhook.db.iter().position(|db| *db == letter.db)?;
         let resolved = letter.resolved();
-        Some((flow, SuspectLetter { id: WebhookId::parse(&letter.id)?, doc_id: letter.doc_id, resolved }))
+        Some((
+            letter.db,
+            SuspectLetter { id: WebhookId::parse(&letter.id)?, doc_id: letter.doc_id, resolved },
+        ))
     });
     let suspects = suspects.collect();
     // Whoever resumes a webhook with too many takes so many more.
@@ -89,7 +113,7 @@ pub fn activate(shared: &Shared, webhook: &config::Webhook) -> Result<Active> {
         let ours = request.webhook == webhook.name && request.command == Command::Replay;
         ours && request.state == Progress::Open
     });
-    Ok(Active { record, first, suspects, n_letters, letters_max, replays })
+    Ok(Active { record, first, suspects, databases: found, bucket_revs, n_letters, letters_max, replays })
 }
 
 /// What only sends letters again starts with; changes nothing.
@@ -99,45 +123,61 @@ pub fn activate(shared: &Shared, webhook: &config::Webhook) -> Result<Active> {
 pub fn for_replays(shared: &Shared, webhook: &config::Webhook) -> Result<Active> {
     let record = state_db::read_record(&shared.server, &shared.state_db, &webhook.name)?.unwrap_or_default();
     let (suspects, replays) = (Vec::new(), Vec::new());
-    Ok(Active { record, first: false, suspects, n_letters: 0, letters_max: u64::MAX, replays })
+    let (databases, bucket_revs) = match webhook.patterns {
+        Some(_) => roster_docs::read_all(&shared.server, &shared.state_db, &webhook.name)?,
+        None => Default::default(),
+    };
+    let (n_letters, letters_max) = (0, u64::MAX);
+    Ok(Active { record, first: false, suspects, databases, bucket_revs, n_letters, letters_max, replays })
 }
 
 /// Gives every database that exists its mark and, for `now`, its first checkpoint.
 fn first_start(shared: &Shared, webhook: &config::Webhook) -> Result<BTreeMap<String, Mark>> {
-    let Shared { server, key, .. } = shared;
-    let generation = server.welcome()?.generation;
+    let generation = shared.server.welcome()?.generation;
     let mut databases = BTreeMap::new();
-    let no_pause = |_: Duration| {};
     for db in &webhook.db {
-        let opened = local_docs::open(server, generation, db, &webhook.name, key, None, None, &no_pause);
-        let opened = match opened {
-            // Not there yet: read from its beginning when it appears.
-            Err(error) if error.kind() == Kind::NotFound => continue,
-            opened => opened.context(|| format!("database `{db}`"))?,
-        };
-        databases.insert(db.clone(), opened.mark);
-        // One that is there is of an attempt that was killed before the record was written, or the record was
-        // lost: then it is what knows best, and where it is not believed, the beginning loses nothing.
-        if webhook.since == Since::Now && opened.checkpoint_rev.is_none() {
-            let through_seq = match webhook.watch {
-                Watch::Replications => replication::position_now(),
-                Watch::Changes | Watch::Daemon => {
-                    feed::resolve_now(server, db, generation).context(|| format!("database `{db}`"))?
-                }
-            };
-            let checkpoint = Checkpoint {
-                through_seq,
-                mark: opened.mark,
-                delivered: Vec::new(),
-                time: sys::wall(),
-                version: env!("CARGO_PKG_VERSION").to_owned(),
-                seek: None,
-            };
-            local_docs::write_checkpoint(server, db, &webhook.name, key, &checkpoint, None)
-                .context(|| format!("database `{db}`: failed to write the first checkpoint"))?;
-        }
+        let Some(mark) = start_database(shared, webhook, db, generation)? else { continue };
+        databases.insert(db.clone(), mark);
     }
     Ok(databases)
+}
+
+/// Gives a database its mark and, for `now`, its first checkpoint; `None` when it does not exist.
+pub(crate) fn start_database(
+    shared: &Shared,
+    webhook: &config::Webhook,
+    db: &str,
+    generation: Generation,
+) -> Result<Option<Mark>> {
+    let Shared { server, key, .. } = shared;
+    let no_pause = |_: Duration| {};
+    let opened = local_docs::open(server, generation, db, &webhook.name, key, None, None, &no_pause);
+    let opened = match opened {
+        // Not there yet: read from its beginning when it appears.
+        Err(error) if error.kind() == Kind::NotFound => return Ok(None),
+        opened => opened.context(|| format!("database `{db}`"))?,
+    };
+    // One that is there is of an attempt that was killed before the record was written, or the record was lost: then
+    // it is what knows best, and where it is not believed, the beginning loses nothing.
+    if webhook.since == Since::Now && opened.checkpoint_rev.is_none() {
+        let through_seq = match webhook.watch {
+            Watch::Replications => replication::position_now(),
+            Watch::Changes | Watch::Daemon => {
+                feed::resolve_now(server, db, generation).context(|| format!("database `{db}`"))?
+            }
+        };
+        let checkpoint = Checkpoint {
+            through_seq,
+            mark: opened.mark,
+            delivered: Vec::new(),
+            time: sys::wall(),
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            seek: None,
+        };
+        local_docs::write_checkpoint(server, db, &webhook.name, key, &checkpoint, None)
+            .context(|| format!("database `{db}`: failed to write the first checkpoint"))?;
+    }
+    Ok(Some(opened.mark))
 }
 
 /// `since` as it is written in a configuration.

@@ -4,6 +4,8 @@
 //! thread never waits for CouchDB or the endpoint once the webhook runs; a stop ends within the time given,
 //! whatever hangs, and gives back the threads that could not be joined by then.
 
+mod found;
+
 use std::collections::HashMap;
 use std::ops::ControlFlow;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -22,8 +24,10 @@ use crate::pipeline::Shared;
 use crate::pipeline::activation::{self, Active};
 use crate::pipeline::checkpointer::{self, Stored};
 use crate::pipeline::complaints::{Complaint, Outage};
+use crate::pipeline::dispatcher::found::{ACTIVE_MAX, Found};
 use crate::pipeline::feed_reader::Fed;
-use crate::pipeline::replay::Replays;
+use crate::pipeline::lookout::Sighting;
+use crate::pipeline::replay::{Replayer, Replays};
 use crate::pipeline::report::{InFlight, Report, Shown};
 use crate::pipeline::store::{Change, Errand, Errant, Leaves, Store};
 use crate::pipeline::subscription::Subscription;
@@ -33,8 +37,9 @@ use crate::pure::about::{self, Tell};
 use crate::pure::conflict::{self, Owed};
 use crate::pure::dispatch::{Action, Attempt, Dispatch, FlowIndex, Notice};
 use crate::pure::endpoint::{self, DownReason, LetterClass, Moment, Outcome, Settings};
-use crate::pure::flow::{self, Flow};
+use crate::pure::flow;
 use crate::pure::message::{Arrived, Telling, Watch, WebhookId};
+use crate::pure::roster::Roster;
 use crate::pure::snapshot::State;
 use crate::pure::table::Table;
 use crate::pure::url;
@@ -42,6 +47,8 @@ use crate::sys::{self, Thread};
 
 /// Batches of rows on their way; each is at most one socket read, or one row.
 const ROWS_MAX: usize = 2;
+/// Sightings on their way; each is a page of databases at most.
+const SIGHTINGS_MAX: usize = 4;
 /// A worker without work for this long ends.
 const WORKER_IDLE: Duration = Duration::from_secs(60);
 /// An unfiltered open request is read anew after so many of its timeouts: quiet ones end by themselves before.
@@ -174,10 +181,11 @@ fn activate(
     let mut complaint = Complaint::default();
     let mut tries = 0;
     loop {
+        let is_wanted = || !orders.is_empty();
+        let activate = || activation::activate(shared, webhook, &is_wanted);
         let active = match confirmed {
-            true => activation::activate(shared, webhook).map(Some),
-            false => activation::is_known(shared, webhook)
-                .and_then(|known| known.then(|| activation::activate(shared, webhook)).transpose()),
+            true => activate().map(Some),
+            false => activation::is_known(shared, webhook).and_then(|known| known.then(activate).transpose()),
         };
         let pause = match active {
             Ok(Some(active)) => return Some(active),
@@ -307,6 +315,8 @@ struct Dispatcher<'a> {
     webhook: &'a config::Webhook,
     dispatch: Dispatch,
     subscriptions: Vec<Subscription>,
+    /// Databases that are found by pattern.
+    found: Option<Found>,
     store: Store,
     endpoint: Arc<Endpoint>,
     workers: Workers<Job>,
@@ -348,23 +358,15 @@ impl<'a> Dispatcher<'a> {
         let n = webhook.db.len();
         let channels = Channels {
             done: bounded(webhook.concurrency),
-            stored: bounded(n),
+            stored: bounded(n + if webhook.patterns.is_some() { ACTIVE_MAX } else { 0 }),
             errants: bounded(16),
             fed: bounded(ROWS_MAX),
             wake: bounded(1),
         };
         let endpoint = Arc::new(Endpoint::new(webhook)?);
-        let flows = (0..n).map(|_| {
-            let strict = webhook.concurrency == 1;
-            let hookd = &shared.hookd;
-            let rotate = match webhook.filter {
-                Some(_) => hookd.feed_rotate,
-                None => hookd.feed_timeout * UNFILTERED_ROTATE,
-            };
-            Flow::new(strict, rotate, hookd.checkpoint_interval)
-        });
+        let flows = (0..n).map(|_| found::new_flow(shared, webhook));
         let mut dispatch = Dispatch::new(settings(webhook), flows.collect(), sys::now());
-        dispatch.restore_suspects(active.suspects, sys::now());
+        dispatch.set_readings_max(shared.pool.size());
         let subscriptions = webhook.db.iter().enumerate().map(|(flow, db)| {
             let mark = active.record.databases.get(db).copied();
             let seek = active.record.seeks.get(db).cloned();
@@ -372,14 +374,20 @@ impl<'a> Dispatcher<'a> {
             Subscription::named(shared, webhook, telling, mark, seek, flow, &channels.fed.0)
         });
         let subscriptions = subscriptions.collect::<Result<_>>()?;
-        let store = Store::start(shared, webhook, channels.errants.0.clone())?;
+        let store = Store::start(shared, webhook, active.bucket_revs, channels.errants.0.clone())?;
         let workers = workers(shared, webhook, &endpoint, channels.done.0.clone());
         if webhook.watch == Watch::Daemon && !shared.said_started.swap(true, Ordering::Relaxed) {
             store.tell(about::started(env!("CARGO_PKG_VERSION"), sys::wall()));
         }
         let mut replays = Replays::default();
         active.replays.into_iter().for_each(|request| replays.ask(request));
-        Ok(Dispatcher {
+        let found = webhook.patterns.clone().map(|pattern| {
+            let (roster, seeks) = (Roster::restored(active.databases), active.record.seeks.clone());
+            let (to, sightings) = bounded(SIGHTINGS_MAX);
+            shared.lookout.subscribe(to);
+            Found::new(pattern, roster, seeks, sightings, sys::now())
+        });
+        let mut dispatcher = Dispatcher {
             replays,
             report: Report::new(),
             letters_max: active.letters_max,
@@ -399,13 +407,22 @@ impl<'a> Dispatcher<'a> {
             channels,
             is_told_up: false,
             is_couchdb_lost: false,
-        })
+            found,
+        };
+        let mut suspects = Vec::new();
+        for (db, letter) in active.suspects {
+            suspects.extend(dispatcher.flow_of(&db).map(|flow| (flow, letter)));
+        }
+        dispatcher.dispatch.restore_suspects(suspects, sys::now());
+        Ok(dispatcher)
     }
 
     fn run(mut self, orders: &Receiver<Order>) -> Vec<Thread> {
         let mut actions = Vec::new();
+        let sightings = found::sightings(self.found.as_ref());
         loop {
             let now = sys::now();
+            self.attend(now);
             let wake = &self.channels.wake.0;
             let permits = &self.shared.permits;
             let mut permit = || permits.take(wake);
@@ -422,17 +439,17 @@ impl<'a> Dispatcher<'a> {
                 return self.end();
             }
             // To wait costs more than to look: seven channels to sign on to, and a switch of threads.
-            if !self.take_ready(orders) {
-                self.wait(orders);
+            if !self.take_ready(orders, &sightings) {
+                self.wait(orders, &sightings);
                 // Where cores are short, workers that are about to finish do so now: one wake-up takes them all.
                 sys::yield_now();
-                self.take_ready(orders);
+                self.take_ready(orders, &sightings);
             }
         }
     }
 
     /// Takes what is there, rows last and one batch at a time; whether there was anything.
-    fn take_ready(&mut self, orders: &Receiver<Order>) -> bool {
+    fn take_ready(&mut self, orders: &Receiver<Order>, sightings: &Receiver<Sighting>) -> bool {
         let mut any = false;
         while let Ok(done) = self.channels.done.1.try_recv() {
             self.on_done(done);
@@ -450,6 +467,10 @@ impl<'a> Dispatcher<'a> {
             self.on_order(order);
             any = true;
         }
+        if let Ok(sighting) = sightings.try_recv() {
+            self.on_sighting(sighting);
+            any = true;
+        }
         if let Ok(fed) = self.channels.fed.1.try_recv() {
             self.on_fed(fed);
             any = true;
@@ -458,7 +479,7 @@ impl<'a> Dispatcher<'a> {
     }
 
     /// Waits for one input.
-    fn wait(&mut self, orders: &Receiver<Order>) {
+    fn wait(&mut self, orders: &Receiver<Order>, sightings: &Receiver<Sighting>) {
         let Channels { done, stored, errants, fed, wake } = &self.channels;
         let (done, stored, errants, fed, wake) =
             (done.1.clone(), stored.1.clone(), errants.1.clone(), fed.1.clone(), wake.1.clone());
@@ -469,7 +490,8 @@ impl<'a> Dispatcher<'a> {
             }
             (deadline, None) => {
                 let others = self.replays.next_deadline().into_iter().chain(self.report.next_deadline());
-                others.chain(deadline).min()
+                let found = self.found.as_ref().and_then(Found::next_deadline);
+                others.chain(found).chain(deadline).min()
             }
         };
         let timer = match deadline {
@@ -483,6 +505,7 @@ impl<'a> Dispatcher<'a> {
             recv(orders) -> order => self.on_order(order.unwrap_or(STOP_NOW)),
             recv(wake) -> _ => {}
             recv(timer) -> _ => {}
+            recv(sightings) -> input => input.into_iter().for_each(|sighting| self.on_sighting(sighting)),
             recv(fed) -> input => input.into_iter().for_each(|fed| self.on_fed(fed)),
         }
     }
@@ -592,6 +615,7 @@ impl<'a> Dispatcher<'a> {
             Errant::Fetched(letter, fetched) => self.dispatch.on_fetched(&letter, *fetched, now),
             Errant::Listed(listed) => self.replays.on_listed(listed, now),
             Errant::Answered(stored) => self.replays.on_answered(stored, now),
+            Errant::DatabasesNotStored(bucket) => self.on_databases_not_stored(bucket),
         }
     }
 
@@ -601,10 +625,14 @@ impl<'a> Dispatcher<'a> {
             Fed::Opened { flow, opened, mark, life } => {
                 let subscription = &mut self.subscriptions[flow];
                 subscription.life = life;
-                if subscription.mark.replace(mark) != Some(mark) {
+                let is_pooled = subscription.is_pooled();
+                if subscription.mark.replace(mark) != Some(mark) && !is_pooled {
                     self.store.order(Errand::Record(Change::Mark(subscription.db().to_owned(), mark)));
                 }
                 self.report.feed_opened(subscription.db());
+                if is_pooled {
+                    self.on_found_mark(flow, mark);
+                }
                 self.dispatch.on_opened(flow, opened);
                 self.shared.outage.over();
                 if std::mem::take(&mut self.is_couchdb_lost) {
@@ -627,6 +655,10 @@ impl<'a> Dispatcher<'a> {
                     }
                 }
                 self.dispatch.on_end(flow, last_seq, pending, closed, now);
+            }
+            Fed::Failed(flow, fault, error) if self.subscriptions[flow].is_pooled() => {
+                self.dispatch.on_read_failed(flow, fault, now);
+                self.on_found_failed(flow, error.as_ref(), now);
             }
             Fed::Failed(flow, fault, error) => {
                 self.report.feed_failed(self.subscriptions[flow].db(), error.as_ref());
@@ -768,6 +800,7 @@ impl<'a> Dispatcher<'a> {
                     self.dispatch.on_checkpoint(flow, None, now);
                 }
             }
+            Action::LetGo(flow) => self.let_go(flow),
             Action::Say(notice) => self.say(notice),
         }
     }
@@ -914,10 +947,10 @@ impl<'a> Dispatcher<'a> {
 
     /// Goes on with letters that are sent again; whether the machine has to be asked again at once.
     fn go_on_replaying(&mut self, now: Instant) -> bool {
-        let (subscriptions, store) = (&self.subscriptions, &self.store);
         let n_asked = self.dispatch.n_asked();
-        let flow = |name: &str| subscriptions.iter().position(|subscription| subscription.db() == name);
-        self.replays.go_on(&mut self.dispatch, flow, |errand| store.order(errand), now);
+        let mut replays = std::mem::take(&mut self.replays);
+        replays.go_on(self, now);
+        self.replays = replays;
         self.dispatch.n_asked() > n_asked
     }
 
@@ -975,6 +1008,20 @@ impl<'a> Dispatcher<'a> {
             }
         }
         left
+    }
+}
+
+impl Replayer for Dispatcher<'_> {
+    fn dispatch(&mut self) -> &mut Dispatch {
+        &mut self.dispatch
+    }
+
+    fn flow_of(&mut self, db: &str) -> Option<FlowIndex> {
+        Dispatcher::flow_of(self, db)
+    }
+
+    fn order(&mut self, errand: Errand) {
+        self.store.order(errand);
     }
 }
 

@@ -19,11 +19,13 @@ pub mod desk;
 pub mod dispatcher;
 pub mod feed_reader;
 pub mod hints;
+pub mod lookout;
 pub mod obey;
 pub mod permits;
 pub mod reader_pool;
 mod replay;
 mod report;
+mod starting_points;
 pub mod store;
 mod subscription;
 pub mod webhook;
@@ -38,6 +40,7 @@ use crate::pipeline::checkpointer::CheckpointSender;
 use crate::pipeline::complaints::Outage;
 use crate::pipeline::feed_reader::FilteredPages;
 use crate::pipeline::hints::Hints;
+use crate::pipeline::lookout::Lookout;
 use crate::pipeline::permits::Permits;
 use crate::pipeline::reader_pool::ReaderPool;
 use crate::pure::checkpoint::StateKey;
@@ -59,6 +62,8 @@ pub struct Shared {
     pub checkpoints: CheckpointSender,
     /// Who reads databases that have no thread of their own.
     pub pool: Arc<ReaderPool>,
+    /// Who sees which databases there are.
+    pub lookout: Arc<Lookout>,
     /// One filtered page per database at a time: hanging up does not stop the server's scan.
     pub filtered_pages: Arc<FilteredPages>,
     /// What is said of a CouchDB that does not answer, once for all.

@@ -25,6 +25,16 @@ const OVER_MAX: usize = 64;
 /// When letters could not be listed, or the end not be reported, it is tried again after this.
 const AGAIN: Duration = Duration::from_secs(2);
 
+/// Who sends letters again.
+pub(crate) trait Replayer {
+    /// The machine.
+    fn dispatch(&mut self) -> &mut Dispatch;
+    /// The place of a database; `None` for one that is not watched.
+    fn flow_of(&mut self, db: &str) -> Option<FlowIndex>;
+    /// Has an errand done.
+    fn order(&mut self, errand: Errand);
+}
+
 /// All that a webhook was asked to send again; one request after the other.
 #[derive(Debug, Default)]
 pub(crate) struct Replays {
@@ -90,39 +100,33 @@ impl Replays {
         list_at.into_iter().chain(report_at).min()
     }
 
-    /// Does what can be done now; `flow` finds a database's place, and `order` has errands done.
-    pub(crate) fn go_on(
-        &mut self,
-        dispatch: &mut Dispatch,
-        flow: impl Fn(&str) -> Option<FlowIndex>,
-        mut order: impl FnMut(Errand),
-        now: Instant,
-    ) {
+    /// Does what can be done now.
+    pub(crate) fn go_on(&mut self, by: &mut impl Replayer, now: Instant) {
         if self.run.is_none()
             && let Some(request) = self.waiting.pop_front()
         {
             let pause =
                 request.arguments.rate.map_or(Duration::ZERO, |rate| Duration::from_secs(1) / rate.max(1));
-            dispatch.set_replay_pause(pause);
+            by.dispatch().set_replay_pause(pause);
             self.run = Some(Run::new(request));
         }
         let Some(run) = &mut self.run else { return };
         if let Listing::Next(after, at) = &run.listing
             && at.is_none_or(|at| at <= now)
         {
-            order(Errand::ListLetters(Box::new(run.filter.clone()), after.clone()));
+            by.order(Errand::ListLetters(Box::new(run.filter.clone()), after.clone()));
             run.listing = Listing::UnderWay;
         }
         // Not before all are listed: what is told of the whole has to be counted first.
         let listed = matches!(run.listing, Listing::Over);
-        while listed && dispatch.n_asked() < ASKED_MAX {
+        while listed && by.dispatch().n_asked() < ASKED_MAX {
             let Some(stored) = run.queue.pop_front() else { break };
-            match (flow(&stored.letter.db), WebhookId::parse(&stored.letter.id)) {
+            match (by.flow_of(&stored.letter.db), WebhookId::parse(&stored.letter.id)) {
                 (Some(flow), Some(id)) => {
                     let (doc_id, resolved) = (stored.letter.doc_id.clone(), stored.letter.resolved());
                     let letter = SuspectLetter { id, doc_id, resolved };
                     run.at_work.insert(id, stored);
-                    dispatch.ask_replay(flow, letter, run.asked, now);
+                    by.dispatch().ask_replay(flow, letter, run.asked, now);
                 }
                 _ => run.stays(&stored, "its database is not watched any more", |run| &mut run.n_gone),
             }
@@ -131,11 +135,11 @@ impl Replays {
         if over && !run.ended && run.report_at.is_none_or(|at| at <= now) {
             run.ended = true;
             run.changed = false;
-            order(Errand::Answer(run.request.id.clone(), Progress::Done, run.answer()));
+            by.order(Errand::Answer(run.request.id.clone(), Progress::Done, run.answer()));
         } else if listed && run.changed && !run.ended && run.report_at.is_none_or(|at| at <= now) {
             run.changed = false;
             run.report_at = Some(now + REPORT_EVERY);
-            order(Errand::Answer(run.request.id.clone(), Progress::Open, run.answer()));
+            by.order(Errand::Answer(run.request.id.clone(), Progress::Open, run.answer()));
         }
     }
 

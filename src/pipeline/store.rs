@@ -15,6 +15,7 @@ use crate::couch::client::{Server, db_path, encoded};
 use crate::couch::conflicts::{self, Conflicted};
 use crate::couch::letters::{self, Filter, Stored};
 use crate::couch::requests::{self, Progress};
+use crate::couch::roster_docs;
 use crate::couch::state_db::{self, DeadLetter, WebhookRecord};
 use crate::error::{Error, Kind, Result};
 use crate::pipeline::Shared;
@@ -27,6 +28,7 @@ use crate::pure::document::Document;
 use crate::pure::endpoint::WINDOW_EVENTS;
 use crate::pure::format::generation;
 use crate::pure::message::{Event, Telling, Watch, WebhookId};
+use crate::pure::roster::Entry;
 use crate::pure::transitions::telling;
 use crate::sys::{self, Thread};
 
@@ -59,6 +61,10 @@ pub enum Errand {
     FetchLetter(Arc<Telling>, Box<Stored>, Mark, Asked),
     /// What came of a request so far.
     Answer(String, Progress, Map<String, Value>),
+    /// Store what is known of databases found by pattern, of one bucket.
+    Databases(u8, Vec<(String, Entry)>),
+    /// Forget what is stored as conflicted at this place: its database is another one by now.
+    ForgetConflicts(String),
     /// Change the record.
     Record(Change),
     /// Keep what [`Store::tell`] was given.
@@ -105,6 +111,8 @@ pub enum Errant {
     Listed(Result<(Vec<Stored>, Option<String>)>),
     /// Whether the last answer of a request is stored.
     Answered(bool),
+    /// This bucket could not be stored.
+    DatabasesNotStored(u8),
 }
 
 /// What is to be kept of a subject, the newest of each.
@@ -118,15 +126,21 @@ pub struct Store {
 }
 
 impl Store {
-    /// Starts the thread.
+    /// Starts the thread. `bucket_revs`: to write what is known of databases with.
     ///
     /// # Errors
     /// `Io` when no thread can be started.
-    pub fn start(shared: &Shared, webhook: &config::Webhook, to: Sender<Errant>) -> Result<Store> {
+    pub fn start(
+        shared: &Shared,
+        webhook: &config::Webhook,
+        bucket_revs: BTreeMap<u8, String>,
+        to: Sender<Errant>,
+    ) -> Result<Store> {
         let (errands, orders) = bounded(ERRANDS_MAX);
         let tells = Tells::default();
         let waiting = Arc::clone(&tells);
-        let state = State { shared: shared.clone(), webhook: webhook.clone(), to, tells: waiting };
+        let state =
+            State { shared: shared.clone(), webhook: webhook.clone(), to, tells: waiting, bucket_revs };
         let thread = sys::spawn(&format!("store:{}", webhook.name), move || state.run(&orders))?;
         Ok(Store { errands, tells, thread })
     }
@@ -158,11 +172,13 @@ struct State {
     webhook: config::Webhook,
     to: Sender<Errant>,
     tells: Tells,
+    /// To write what is known of databases with.
+    bucket_revs: BTreeMap<u8, String>,
 }
 
 impl State {
-    fn run(self, orders: &Receiver<Box<Errand>>) {
-        let Shared { server, state_db, .. } = &self.shared;
+    fn run(mut self, orders: &Receiver<Box<Errand>>) {
+        let Shared { server, state_db, .. } = &self.shared.clone();
         let place = format!("webhook `{}`", self.webhook.name);
         loop {
             // What could not be kept is tried again, also when nothing else is to be done.
@@ -224,6 +240,13 @@ impl State {
                     self.keep_tells();
                     None
                 }
+                Errand::Databases(bucket, entries) => self.keep_databases(bucket, &entries),
+                Errand::ForgetConflicts(place) => {
+                    if let Err(error) = conflicts::forget_all(server, state_db, &place) {
+                        log::warn!("conflicts of a database that was deleted stay in `{state_db}`: {error}");
+                    }
+                    None
+                }
                 Errand::Record(change) => {
                     self.forget_other_life(&change);
                     let made = change_record(server, state_db, &self.webhook.name, |record| {
@@ -249,6 +272,21 @@ impl State {
             if let Err(error) = state_db::store_condition(server, state_db, &tell) {
                 log::debug!("{} about `{subject}` could not be kept yet: {error}", tell.event_type);
                 locked(&self.tells).entry(subject).or_insert(tell);
+            }
+        }
+    }
+
+    fn keep_databases(&mut self, bucket: u8, entries: &[(String, Entry)]) -> Option<Errant> {
+        let Shared { server, state_db, .. } = &self.shared;
+        let rev = self.bucket_revs.get(&bucket).map(String::as_str);
+        match roster_docs::write(server, state_db, &self.webhook.name, bucket, entries, rev) {
+            Ok(rev) => {
+                self.bucket_revs.insert(bucket, rev);
+                None
+            }
+            Err(error) => {
+                log::debug!("what is known of databases could not be stored yet: {error}");
+                Some(Errant::DatabasesNotStored(bucket))
             }
         }
     }

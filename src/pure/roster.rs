@@ -101,6 +101,29 @@ impl Roster {
         self.n_active
     }
 
+    /// Whether it is known.
+    pub fn is_known(&self, db: &str) -> bool {
+        self.databases.contains_key(db)
+    }
+
+    /// Whether a database holds nothing new in this state, as far as is known; `at_rest`: the flow that it has.
+    #[cfg(test)]
+    pub fn is_clean(&self, db: &str, fingerprint: u64, at_rest: bool) -> bool {
+        let Some(known) = self.databases.get(db) else { return false };
+        known.entry.clean.contains(&fingerprint) && known.state == State::Idle
+            || at_rest && known.causes.contains(&fingerprint)
+    }
+
+    /// The mark that it bore when it was last opened.
+    pub fn mark(&self, db: &str) -> Option<Mark> {
+        self.databases.get(db)?.entry.mark
+    }
+
+    /// Whether something of what is known is not stored.
+    pub fn is_changed(&self) -> bool {
+        !self.changed.is_empty()
+    }
+
     /// The flow that a database has at the moment.
     pub fn flow(&self, db: &str) -> Option<FlowIndex> {
         match self.databases.get(db)?.state {
@@ -300,4 +323,227 @@ fn push_last(fingerprints: &mut Vec<u64>, fingerprint: u64) {
         fingerprints.remove(0);
     }
     fingerprints.push(fingerprint);
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+
+    use super::*;
+    use crate::sys;
+
+    const DATABASES: [&str; 4] = ["a", "b", "c", "d"];
+
+    /// A database as it is, and what was read of it.
+    #[derive(Debug, Default)]
+    struct Real {
+        exists: bool,
+        life: u64,
+        version: u64,
+        /// Of the page under way, or the last one; `None` before the first.
+        page: Option<(u64, u64)>,
+        stirred: bool,
+        /// Read to the end, told, stored.
+        done: (u64, u64),
+    }
+
+    impl Real {
+        fn fingerprint(&self, spelling: u64) -> u64 {
+            self.life << 32 | self.version << 8 | spelling
+        }
+    }
+
+    struct World {
+        roster: Roster,
+        real: BTreeMap<&'static str, Real>,
+        flows: Vec<Option<&'static str>>,
+        random: fastrand::Rng,
+        now: Instant,
+    }
+
+    impl World {
+        fn new(seed: u64) -> World {
+            let real = DATABASES.map(|db| (db, Real::default())).into_iter().collect();
+            let (roster, flows) = (Roster::restored([]), vec![None; DATABASES.len()]);
+            World { roster, real, flows, random: fastrand::Rng::with_seed(seed), now: sys::now() }
+        }
+
+        fn stir(&mut self, flow: Option<FlowIndex>) {
+            if let Some(db) = flow.map(|flow| self.flows[flow].expect("it has a flow")) {
+                self.real.get_mut(db).unwrap().stirred = true;
+            }
+        }
+
+        fn happen(&mut self) {
+            let db = DATABASES[self.random.usize(..DATABASES.len())];
+            let is_hinted = self.random.bool();
+            let real = self.real.get_mut(db).unwrap();
+            match self.random.u8(..8) {
+                0 if real.exists => real.exists = false,
+                _ if real.exists => real.version += 1,
+                _ => (real.exists, real.life, real.version) = (true, real.life + 1, 0),
+            }
+            if is_hinted {
+                let flow = self.roster.stir(db);
+                self.stir(flow);
+            }
+        }
+
+        fn sweep(&mut self) {
+            for db in DATABASES {
+                let real = &self.real[db];
+                if real.exists {
+                    let fingerprint = real.fingerprint(self.random.u64(..3));
+                    let flow = self.roster.on_seen(db, fingerprint);
+                    self.stir(flow);
+                }
+                if self.random.u8(..4) == 0 {
+                    self.work();
+                }
+            }
+            self.roster.on_swept();
+        }
+
+        /// One step of one of those who read.
+        fn work(&mut self) {
+            let free = self.flows.iter().position(Option::is_none);
+            if let Some(free) = free.filter(|_| self.random.bool()) {
+                if let Some((db, _)) = self.roster.next(self.now) {
+                    let db = DATABASES.into_iter().find(|known| **known == *db).unwrap();
+                    self.roster.on_active(db, free);
+                    self.flows[free] = Some(db);
+                    let real = self.real.get_mut(db).unwrap();
+                    (real.stirred, real.page) = (true, None);
+                }
+                return;
+            }
+            let flow = self.random.usize(..self.flows.len());
+            let Some(db) = self.flows[flow] else { return };
+            let real = self.real.get_mut(db).unwrap();
+            if self.random.u8(..6) == 0 {
+                self.roster.on_failed(db, self.now);
+                self.flows[flow] = None;
+            } else if !real.exists {
+                self.roster.on_gone(db);
+                self.flows[flow] = None;
+            } else if real.stirred {
+                (real.stirred, real.page) = (false, Some((real.life, real.version)));
+                let mut mark = [0; 16];
+                mark[0] = u8::try_from(real.life % 256).unwrap();
+                self.roster.on_mark(db, Mark::new(mark));
+            } else {
+                real.done = real.page.expect("it was read");
+                self.roster.on_rested(db);
+                self.flows[flow] = None;
+                self.check_clean(db);
+            }
+        }
+
+        /// What counts as clean was read.
+        fn check_clean(&self, db: &str) {
+            let real = &self.real[db];
+            for fingerprint in &self.roster.databases[db].entry.clean {
+                let (life, version) = (fingerprint >> 32, (fingerprint >> 8) & 0xff_ffff);
+                assert!(
+                    (life, version) <= real.done,
+                    "`{db}`: {life}/{version} is clean, read was {:?}",
+                    real.done
+                );
+            }
+        }
+    }
+
+    #[test]
+    fn whatever_is_lost_and_fails_everything_is_read_in_the_end() {
+        for seed in 0..2_000 {
+            let mut world = World::new(seed);
+            for _ in 0..world.random.usize(..80) {
+                match world.random.u8(..4) {
+                    0 => world.happen(),
+                    1 if world.random.bool() => world.sweep(),
+                    _ => world.work(),
+                }
+            }
+            let mut n = 0;
+            while world.real.iter().any(|(db, real)| match real.exists {
+                true => real.done != (real.life, real.version),
+                false => world.roster.is_known(db),
+            }) {
+                world.now += FAILED_AFTER[FAILED_AFTER.len() - 1];
+                world.sweep();
+                (0..40).for_each(|_| world.work());
+                n += 1;
+                assert!(n < 200, "seed {seed}: {:?}\n{:?}", world.real, world.roster);
+            }
+        }
+    }
+
+    #[test]
+    fn an_idle_database_is_looked_at_once_for_each_way_its_state_is_spelled() {
+        let mut roster = Roster::restored([("a".to_owned(), Entry { mark: None, clean: vec![1] })]);
+        let now = sys::now();
+        let mut n_looks = 0;
+        for fingerprint in [1, 2, 1, 3, 2, 3, 1] {
+            roster.on_seen("a", fingerprint);
+            if roster.next(now).is_some() {
+                n_looks += 1;
+                roster.on_active("a", 0);
+                roster.on_rested("a");
+            }
+        }
+        assert_eq!(n_looks, 2);
+    }
+
+    #[test]
+    fn what_was_clean_of_another_life_is_not_clean() {
+        let [old, new] = [Mark::new([1; 16]), Mark::new([2; 16])];
+        let mut roster = Roster::restored([("a".to_owned(), Entry { mark: Some(old), clean: vec![1, 2] })]);
+        roster.on_active("a", 0);
+        assert_eq!(roster.on_mark("a", new), Some(old));
+        roster.on_rested("a");
+        roster.on_seen("a", 2);
+        assert!(roster.next(sys::now()).is_some());
+    }
+
+    #[test]
+    fn those_that_fail_wait_longer_each_time_and_hold_up_nobody() {
+        let mut roster = Roster::restored([]);
+        let mut now = sys::now();
+        let mut pauses = Vec::new();
+        roster.stir("bad");
+        for _ in 0..6 {
+            assert_eq!(roster.next(now).map(|(db, _)| db.to_string()).as_deref(), Some("bad"));
+            roster.on_active("bad", 0);
+            roster.on_failed("bad", now);
+            roster.stir("bad");
+            roster.stir("good");
+            assert_eq!(roster.next(now).map(|(db, _)| db.to_string()).as_deref(), Some("good"));
+            roster.on_active("good", 1);
+            roster.on_rested("good");
+            assert!(roster.next(now).is_none());
+            let until = roster.next_deadline().unwrap();
+            pauses.push((until - now).as_millis());
+            now = until;
+        }
+        assert_eq!(pauses, [500, 2_000, 10_000, 60_000, 300_000, 300_000]);
+    }
+
+    #[test]
+    fn only_buckets_that_changed_are_stored() {
+        let entries = (0..1_000)
+            .map(|n| (format!("tenant-{n}"), Entry { mark: Some(Mark::new([1; 16])), clean: vec![7] }));
+        let mut roster = Roster::restored(entries);
+        assert!(!roster.is_changed());
+        roster.on_seen("tenant-9", 8);
+        roster.next(sys::now());
+        roster.on_active("tenant-9", 0);
+        roster.on_rested("tenant-9");
+        let (number, stored) = roster.take_changed().unwrap();
+        assert_eq!((number, roster.take_changed()), (bucket("tenant-9"), None));
+        assert!(stored.len() < 30, "of 1,000 databases 4 are in a bucket, {} are", stored.len());
+        let own = stored.iter().find(|(db, _)| db == "tenant-9").unwrap();
+        assert_eq!(own.1.clean, [7, 8]);
+        roster.on_not_stored(number);
+        assert!(roster.is_changed());
+    }
 }

@@ -1,5 +1,6 @@
 //! A seeded simulation of everything that decides: three flows over one endpoint, a CouchDB that answers in
-//! another order at every request, and crashes at every moment.
+//! another order at every request, and crashes at every moment. In half of the schedules the last database is found by
+//! pattern: its flow rests, is let go and comes back, as a roster says that sees it by sweeps and by hints that get lost.
 //!
 //! One schedule is a few hundred steps of random writes, outcomes, faults and crashes (of the daemon: state
 //! reduced to stored checkpoints, records and dead letters), then a calm end in which everything must arrive.
@@ -11,6 +12,7 @@ use std::time::{Duration, Instant};
 use fastrand::Rng;
 
 use crate::pure::changes::{Row, RowDoc};
+use crate::pure::checkpoint::Mark;
 use crate::pure::conflict::{self, LeafDocs, Owed, Standing};
 use crate::pure::dispatch::batches::{Batch, Batching};
 use crate::pure::dispatch::{Action, Asked, Attempt, Dispatch, Fetched, Notice, Replayed, SuspectLetter};
@@ -20,9 +22,12 @@ use crate::pure::flow::{Flow, Opened, Position, Read, ReadFault};
 use crate::pure::format::Format;
 use crate::pure::message::{self, Arrived, Event, Telling, Watch, WebhookId};
 use crate::pure::rate::RateLimit;
+use crate::pure::roster::{Entry, Roster};
 use crate::pure::seq::Seq;
 
 const FLOWS: usize = 3;
+/// The database that may be found by pattern.
+const FOUND: usize = FLOWS - 1;
 const DOCS: usize = 12;
 const SHARDS: usize = 3;
 const STEPS: usize = 160;
@@ -189,6 +194,8 @@ struct Seen {
     resolved: bool,
     resolved_unwanted: bool,
     crash_while_kept: bool,
+    let_go: bool,
+    stirred: bool,
 }
 
 struct World {
@@ -215,7 +222,11 @@ struct World {
     calm: bool,
     next_mark: u64,
     next_rev: u64,
+    /// Whether the last database is found by pattern, and what is stored of it.
+    is_found: bool,
+    stored_entries: Vec<(String, Entry)>,
     // Of this life of the daemon.
+    roster: Roster,
     dispatch: Dispatch,
     jobs: Vec<Job>,
     reads: Vec<Option<Open>>,
@@ -326,6 +337,9 @@ impl World {
             calm: false,
             next_mark: 100,
             next_rev: 1,
+            is_found: rng.bool(),
+            stored_entries: Vec::new(),
+            roster: Roster::default(),
             dispatch: Dispatch::new(settings.clone(), Vec::new(), now),
             settings,
             jobs: Vec::new(),
@@ -359,14 +373,22 @@ impl World {
         // Pages that a few documents fill.
         let page_rows = self.page_rows;
         let flow = || Flow::new(self.strict, Duration::from_secs(60), Duration::from_secs(5));
-        let flows = (0..FLOWS).map(|_| flow().with_page_rows(page_rows));
+        let flows = (0..FLOWS).map(|place| match self.is_found && place == FOUND {
+            true => Flow::vacant(),
+            false => flow().with_page_rows(page_rows),
+        });
         self.dispatch = Dispatch::new(self.settings.clone(), flows.collect(), self.now);
+        self.dispatch.set_readings_max(1);
+        self.roster = Roster::restored(self.stored_entries.clone());
         let suspects = self.letters.iter().filter(|(_, (_, _, class, _))| *class == LetterClass::Suspect);
         let suspects = suspects.map(|(id, (flow, doc_id, _, resolved))| {
             (*flow, SuspectLetter { id: *id, doc_id: doc_id.clone(), resolved: resolved.clone() })
         });
-        let suspects = suspects.collect();
+        let suspects: Vec<(usize, SuspectLetter)> = suspects.collect();
         self.conflicts_of = vec![None; FLOWS];
+        if suspects.iter().any(|(flow, _)| *flow == FOUND) {
+            self.activate();
+        }
         self.dispatch.restore_suspects(suspects, self.now);
         self.dispatch.set_replay_pause(Duration::from_millis(*self.rng.choice(&[0, 20, 700]).unwrap()));
         self.asked.clear();
@@ -374,6 +396,75 @@ impl World {
         self.reads = (0..FLOWS).map(|_| None).collect();
         self.in_flight_docs.clear();
         self.delivered_since_checkpoint = false;
+    }
+
+    fn found_name() -> String {
+        format!("db{FOUND}")
+    }
+
+    /// What a sweep sees: another spelling at every request.
+    fn fingerprint(&mut self) -> u64 {
+        let db = &self.dbs[FOUND];
+        let n_updates: usize = db.shards.iter().map(Vec::len).sum();
+        let spelling = if self.one { 0 } else { self.rng.u64(..3) };
+        (db.mark << 48) | (db.life << 32) | ((n_updates as u64) << 8) | spelling
+    }
+
+    fn sweep(&mut self) {
+        if !self.is_found {
+            return;
+        }
+        let fingerprint = self.fingerprint();
+        self.trace(&("sweep", fingerprint));
+        if let Some(flow) = self.roster.on_seen(&Self::found_name(), fingerprint) {
+            self.seen.stirred = true;
+            self.dispatch.stir(flow);
+        }
+        self.roster.on_swept();
+    }
+
+    fn hint(&mut self) {
+        if self.is_found
+            && let Some(flow) = self.roster.stir(&Self::found_name())
+        {
+            self.dispatch.stir(flow);
+        }
+    }
+
+    /// Gives the database that was found a flow, unless it has one.
+    fn activate(&mut self) {
+        if !self.is_found || self.roster.flow(&Self::found_name()).is_some() {
+            return;
+        }
+        let flow = Flow::new(self.strict, Duration::from_secs(60), Duration::from_secs(5));
+        let place = self.dispatch.add(flow.with_page_rows(self.page_rows).resting());
+        assert_eq!(place, FOUND, "there is one place to be had");
+        self.roster.on_active(&Self::found_name(), place);
+        // Whoever reads it knows nothing of the last time.
+        self.conflicts_of[FOUND] = None;
+    }
+
+    fn let_go(&mut self) {
+        let flow = |job: &Job| match job {
+            Job::Open(flow) | Job::Checkpoint(flow, _) | Job::Fetch(flow, _) => *flow,
+            Job::Attempt(attempt) | Job::LookUp(attempt) => attempt.flow,
+            Job::Letter(attempt, _) | Job::Keep(attempt, ..) => attempt.flow,
+            Job::Batch(batch) => batch.parts.iter().map(|part| part.flow).max().unwrap_or(0),
+        };
+        assert!(!self.jobs.iter().any(|job| flow(job) == FOUND), "work for it is under way: {:?}", self.jobs);
+        assert!(self.reads[FOUND].is_none(), "it is being read");
+        self.seen.let_go = true;
+        self.dispatch.release(FOUND);
+    }
+
+    /// What the shell does with a fault of reading.
+    fn read_failed(&mut self, flow: usize, fault: ReadFault) {
+        self.dispatch.on_read_failed(flow, fault, self.now);
+        let is_found = self.is_found && flow == FOUND && fault != ReadFault::Changed;
+        if is_found && !self.dispatch.is_pinned(flow) && self.dispatch.flow(flow).is_done() {
+            self.roster.on_failed(&Self::found_name(), self.now);
+            self.let_go();
+        }
     }
 
     fn crash(&mut self) {
@@ -477,6 +568,9 @@ impl World {
         self.rolled_back.remove(&(flow, doc));
         self.trace(&("write", flow, doc, update.revs(), update.deleted));
         self.put(flow, update);
+        if flow == FOUND && self.rng.bool() {
+            self.hint();
+        }
     }
 
     fn put(&mut self, flow: usize, update: Update) {
@@ -511,6 +605,9 @@ impl World {
                 self.poison.remove(&doc_id);
             }
             self.trace(&("ask", id, asked));
+            if flow == FOUND {
+                self.activate();
+            }
             self.asked.insert(id, asked);
             self.dispatch.ask_replay(flow, SuspectLetter { id, doc_id, resolved }, asked, self.now);
         }
@@ -560,7 +657,7 @@ impl World {
         // The server is gone for a moment: every connection to it breaks.
         for flow in 0..FLOWS {
             if self.reads[flow].take().is_some() {
-                self.dispatch.on_read_failed(flow, ReadFault::Lost, self.now);
+                self.read_failed(flow, ReadFault::Lost);
             }
         }
     }
@@ -814,7 +911,7 @@ impl World {
         if !self.calm && self.rng.u8(..12) == 0 {
             let faults = [ReadFault::Refused, ReadFault::BadPosition, ReadFault::Lost, ReadFault::Lost];
             let fault = *self.rng.choice(&faults).unwrap();
-            self.dispatch.on_read_failed(flow, fault, self.now);
+            self.read_failed(flow, fault);
             return;
         }
         let mut rows = Vec::new();
@@ -866,7 +963,7 @@ impl World {
         let db = &self.dbs[flow];
         let mark = db.mark.to_string();
         if self.dispatch.flow(flow).mark() != Some(mark.as_str()) || self.lives[flow] != db.life {
-            self.dispatch.on_read_failed(flow, ReadFault::Changed, self.now);
+            self.read_failed(flow, ReadFault::Changed);
             return;
         }
         assert!(self.reads[flow].is_none(), "one request per feed");
@@ -876,7 +973,7 @@ impl World {
 
     fn open(&mut self, flow: usize) {
         if !self.calm && self.rng.u8(..12) == 0 {
-            self.dispatch.on_read_failed(flow, ReadFault::Lost, self.now);
+            self.read_failed(flow, ReadFault::Lost);
             return;
         }
         let db = &self.dbs[flow];
@@ -900,6 +997,11 @@ impl World {
         self.conflicts_of[flow] = Some(db.mark);
         self.known[flow] = Some(db.mark);
         self.lives[flow] = db.life;
+        if self.is_found && flow == FOUND {
+            let mut mark = [0; 16];
+            mark[..8].copy_from_slice(&self.dbs[flow].mark.to_be_bytes());
+            self.roster.on_mark(&Self::found_name(), Mark::new(mark));
+        }
         self.trace(&(flow, &opened));
         self.dispatch.on_opened(flow, opened);
     }
@@ -1008,6 +1110,9 @@ impl World {
     }
 
     fn poll(&mut self) {
+        if self.is_found && self.roster.next(self.now).is_some() {
+            self.activate();
+        }
         let mut actions = Vec::new();
         let jitter = self.rng.f64();
         // Now and then other webhooks hold all that the process has.
@@ -1058,6 +1163,11 @@ impl World {
                 Action::Fetch(flow, letter) => self.jobs.push(Job::Fetch(flow, letter)),
                 Action::StoreCheckpoint(flow, position) => self.jobs.push(Job::Checkpoint(flow, position)),
                 Action::Say(Notice::Endpoint(endpoint::Notice::Down(_))) => self.seen.pause = true,
+                Action::LetGo(flow) => {
+                    assert_eq!(flow, FOUND, "the others never rest");
+                    self.roster.on_rested(&Self::found_name());
+                    self.let_go();
+                }
                 Action::Say(_) => {}
             }
         }
@@ -1076,7 +1186,14 @@ impl World {
             self.operate();
         }
         match self.rng.u8(..100) {
-            0..=29 => self.write(),
+            0..=27 => self.write(),
+            28 => self.sweep(),
+            // It may be stored at any time, or not at all.
+            29 => {
+                while let Some((_, entries)) = self.roster.take_changed() {
+                    self.stored_entries = entries;
+                }
+            }
             30..=59 => self.step_job(),
             60..=79 => self.step_read(self.next_flow()),
             80..=89 => self.pass_time(),
@@ -1130,6 +1247,7 @@ impl World {
             {
                 (0..FLOWS).for_each(|flow| self.step_read(flow));
             } else {
+                self.sweep();
                 let waits = self.dispatch.n_pending() > 0 && self.dispatch.next_deadline().is_none();
                 assert!(!waits, "nothing would ever go on: {:?}", self.dispatch);
                 self.pass_time();
@@ -1169,13 +1287,31 @@ impl World {
             && self.asked.is_empty()
             && self.dispatch.n_pending() == 0
             && (0..FLOWS).all(|flow| {
-                self.reads[flow].as_ref().is_some_and(|open| !self.has_more(flow, open))
+                let rests = self.is_found && flow == FOUND;
+                let is_read = match &self.reads[flow] {
+                    Some(open) => !rests && !self.has_more(flow, open),
+                    None => rests && self.is_clean(),
+                };
+                is_read
                     && self.dbs[flow]
                         .checkpoint
                         .as_ref()
                         .is_some_and(|(position, _)| position.mark == self.dbs[flow].mark.to_string())
             })
             && self.dispatch.is_stored()
+    }
+
+    /// Whether the roster believes that there is nothing new in the database, however its state is spelled.
+    fn is_clean(&self) -> bool {
+        let mut copy = self.rng.clone();
+        let db = &self.dbs[FOUND];
+        let n_updates: usize = db.shards.iter().map(Vec::len).sum();
+        let spelling = if self.one { 0 } else { copy.u64(..3) };
+        let fingerprint = (db.mark << 48) | (db.life << 32) | ((n_updates as u64) << 8) | spelling;
+        let name = Self::found_name();
+        // One of which a letter is to be sent again keeps its flow, at rest.
+        let flow = self.dispatch.flow(FOUND);
+        self.roster.is_clean(&name, fingerprint, self.roster.flow(&name).is_some() && flow.is_at_rest())
     }
 
     /// The last word about every document is what CouchDB holds.
@@ -1280,7 +1416,7 @@ fn run_all(seeds: impl Iterator<Item = u64>) -> BTreeMap<&'static str, u64> {
 }
 
 /// What schedules must hold often enough for the simulation to mean anything, in percent.
-fn shares(seen: Seen) -> [(&'static str, bool, u8); 17] {
+fn shares(seen: Seen) -> [(&'static str, bool, u8); 19] {
     [
         ("at least 4 in flight", seen.four_in_flight, 20),
         ("a crash between delivery and checkpoint", seen.crash_before_checkpoint, 5),
@@ -1299,5 +1435,7 @@ fn shares(seen: Seen) -> [(&'static str, bool, u8); 17] {
         ("a conflict resolved", seen.resolved, 5),
         ("one that was not told, or not all else", seen.resolved_unwanted, 1),
         ("a crash while one is stored or forgotten", seen.crash_while_kept, 5),
+        ("a database that rests let go", seen.let_go, 20),
+        ("one stirred while it is read", seen.stirred, 5),
     ]
 }

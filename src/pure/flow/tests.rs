@@ -80,3 +80,23 @@ fn ids_that_a_checkpoint_named_are_gone_from_the_next_once_the_feed_was_read_to_
     let position = flow.next_checkpoint(now).expect("what it named has changed");
     assert!(position.delivered.is_empty());
 }
+
+#[test]
+fn one_that_rests_reads_again_what_may_have_come_since_its_page_was_asked_for() {
+    let now = crate::sys::now();
+    let mut flow = Flow::new(false, ROTATE, Duration::from_secs(5)).resting();
+    assert_eq!(open(&mut flow, now), Some(Read::Page { since: seq("5"), limit: 9 }));
+    flow.stir();
+    flow.on_end(Some(seq("6")), None, false, now);
+    assert_eq!(flow.next_read(9, now), Some(Read::Page { since: seq("6"), limit: 9 }));
+    flow.on_end(Some(seq("6")), None, false, now);
+    assert_eq!(flow.next_read(9, now), None);
+    assert!(!flow.is_at_rest(), "its checkpoint is not stored");
+    let position = flow.next_checkpoint(now + Duration::from_secs(5)).unwrap();
+    assert_eq!(position.through_seq, seq("6"));
+    flow.on_checkpoint_stored("0-2".to_owned(), now);
+    assert!(flow.is_at_rest());
+    flow.stir();
+    assert!(!flow.is_at_rest());
+    assert_eq!(flow.next_read(9, now), Some(Read::Page { since: seq("6"), limit: 9 }));
+}
