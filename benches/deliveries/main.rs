@@ -8,10 +8,12 @@
 //! Memory: the daemon's peak RSS after so many changes. Exit status 1 when a target of issue 2 is missed.
 
 mod couch;
+#[path = "../shared/proc.rs"]
+mod proc;
 mod receiver;
 
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::{Child, Command, ExitCode, Stdio};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -243,8 +245,8 @@ impl Bench {
         let seconds = (last - first).as_secs_f64();
         Measured {
             rate: n_requests as f64 / seconds,
-            cpu_us: cpu_us(child.id()) / n_requests as f64,
-            rss_kib: rss_kib(child.id()),
+            cpu_us: 1e3 * proc::cpu_ms(child.id()) / n_requests as f64,
+            rss_kib: proc::rss_kib(child.id()),
         }
     }
 }
@@ -328,27 +330,6 @@ fn stop(child: &mut Child) {
             None => sys::sleep(Duration::from_millis(5)),
         }
     }
-}
-
-/// User and system time of a process so far, in microseconds.
-fn cpu_us(pid: u32) -> f64 {
-    let stat = read_proc(pid, "stat");
-    // Fields count from behind the name, which may hold blanks; 14 and 15 of `proc_pid_stat(5)`.
-    let fields: Vec<&str> = stat.rsplit(')').next().unwrap_or_default().split_whitespace().collect();
-    let ticks: u64 = fields[11..13].iter().map(|ticks| ticks.parse::<u64>().expect("they are numbers")).sum();
-    let hertz = nix::unistd::sysconf(nix::unistd::SysconfVar::CLK_TCK).ok().flatten().unwrap_or(100);
-    ticks as f64 * 1e6 / hertz as f64
-}
-
-/// Peak RSS of a process so far, in KiB.
-fn rss_kib(pid: u32) -> u64 {
-    let status = read_proc(pid, "status");
-    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:")).expect("Linux gives it");
-    line.trim().trim_end_matches(" kB").parse().expect("it is a number")
-}
-
-fn read_proc(pid: u32, name: &str) -> String {
-    fs::read_to_string(Path::new("/proc").join(pid.to_string()).join(name)).expect("the process lives")
 }
 
 fn median(mut values: Vec<f64>) -> f64 {

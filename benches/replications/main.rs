@@ -6,6 +6,9 @@
 //! have done, and nothing changes, so nothing is to be told. Exit status 1 when a target of issue 4 is missed: under
 //! 200 ms of CPU a look, under 32 MiB, at most 500 rows a page, no event.
 
+#[path = "../shared/proc.rs"]
+mod proc;
+
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode, Stdio};
@@ -73,10 +76,10 @@ fn run(binary: &Path, n_replications: usize, n_looks: usize) -> ExitCode {
     };
     // The first one reads all documents and writes what is known; the second may still be warming up.
     looks(&couch, 3);
-    let before = cpu_ms(daemon.id());
+    let before = proc::cpu_ms(daemon.id());
     looks(&couch, 3 + n_looks);
-    let cpu = (cpu_ms(daemon.id()) - before) / n_looks as f64;
-    let rss = rss_kib(daemon.id());
+    let cpu = (proc::cpu_ms(daemon.id()) - before) / n_looks as f64;
+    let rss = proc::rss_kib(daemon.id());
     let limits = couch.look(|seen| {
         let pages = seen.requests().filter(|one| one.path.starts_with("/_scheduler"));
         let limits = pages.flat_map(|one| one.query.iter().filter(|(name, _)| name == "limit"));
@@ -113,25 +116,4 @@ fn fill(couch: &StandIn, n_replications: usize) {
         };
         couch.replicate("_replicator", &id, replication).expect("it was put above");
     }
-}
-
-/// User and system time of a process so far, in milliseconds.
-fn cpu_ms(pid: u32) -> f64 {
-    let stat = read_proc(pid, "stat");
-    // Fields count from behind the name, which may hold blanks; 14 and 15 of `proc_pid_stat(5)`.
-    let fields: Vec<&str> = stat.rsplit(')').next().unwrap_or_default().split_whitespace().collect();
-    let ticks: u64 = fields[11..13].iter().map(|ticks| ticks.parse::<u64>().expect("they are numbers")).sum();
-    let hertz = nix::unistd::sysconf(nix::unistd::SysconfVar::CLK_TCK).ok().flatten().unwrap_or(100);
-    ticks as f64 * 1e3 / hertz as f64
-}
-
-/// Peak RSS of a process so far, in KiB.
-fn rss_kib(pid: u32) -> u64 {
-    let status = read_proc(pid, "status");
-    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:")).expect("Linux gives it");
-    line.trim().trim_end_matches(" kB").parse().expect("it is a number")
-}
-
-fn read_proc(pid: u32, name: &str) -> String {
-    fs::read_to_string(Path::new("/proc").join(pid.to_string()).join(name)).expect("the process lives")
 }

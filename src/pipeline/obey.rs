@@ -152,24 +152,8 @@ pub fn places(
     webhook: &config::Webhook,
     arguments: &Arguments,
 ) -> Result<Vec<(String, Seq)>> {
-    if webhook.db.is_empty() {
-        let found = format!("webhook `{}` reads no database: it has no place to set", webhook.name);
-        return Err(Error::new(Kind::BadRequest, found));
-    }
+    let dbs = dbs_of_seek(webhook, &shared.state_db, arguments.db.as_deref())?;
     let generation = shared.server.welcome()?.generation;
-    let dbs: Vec<&String> = match &arguments.db {
-        None => webhook.db.iter().collect(),
-        Some(db) => webhook.db.iter().filter(|known| *known == db).collect(),
-    };
-    if dbs.is_empty() {
-        let found = format!(
-            "webhook `{}` does not watch `{}`; it watches `{}`",
-            webhook.name,
-            arguments.db.as_deref().unwrap_or_default(),
-            webhook.db.join("`, `")
-        );
-        return Err(Error::new(Kind::BadRequest, found));
-    }
     let to = arguments.to.as_ref().map_or_else(|| "now".to_owned(), ToString::to_string);
     let place = |db: &str| match to.as_str() {
         "\"now\"" => feed::resolve_now(&shared.server, db, generation),
@@ -191,7 +175,38 @@ pub fn places(
         );
         return Err(Error::new(Kind::BadRequest, found));
     }
-    dbs.into_iter().map(|db| Ok((db.clone(), place(db).context(|| format!("database `{db}`"))?))).collect()
+    dbs.into_iter()
+        .map(|db| {
+            let place = place(&db).context(|| format!("database `{db}`"))?;
+            Ok((db, place))
+        })
+        .collect()
+}
+
+/// The databases that a `seek` is about.
+fn dbs_of_seek(webhook: &config::Webhook, state_db: &str, db: Option<&str>) -> Result<Vec<String>> {
+    let name = &webhook.name;
+    let refused = |found: String| Err(Error::new(Kind::BadRequest, found));
+    match (db, &webhook.patterns) {
+        (Some(db), patterns) => {
+            let is_found = patterns.as_ref().is_some_and(|pattern| pattern.matches(db, state_db));
+            match is_found || webhook.db.iter().any(|named| named == db) {
+                true => Ok(vec![db.to_owned()]),
+                false => refused(format!(
+                    "webhook `{name}` does not watch `{db}`; it watches `{}`",
+                    webhook.databases()
+                )),
+            }
+        }
+        (None, Some(pattern)) => refused(format!(
+            "webhook `{name}` finds databases by pattern (`{pattern}`), each with a place of its own; say which one with \
+             --db"
+        )),
+        (None, None) if webhook.db.is_empty() => {
+            refused(format!("webhook `{name}` reads no database: it has no place to set"))
+        }
+        (None, None) => Ok(webhook.db.clone()),
+    }
 }
 
 /// Whether CouchDB takes a seq. 1.x takes any, and tells nothing behind one that is not reached yet.
@@ -222,10 +237,10 @@ fn marks(shared: &Shared, webhook: &config::Webhook, request: &Request) -> Resul
     let record = state_db::read_record(server, state_db, &request.webhook)?.unwrap_or_default();
     let wanted = request.arguments.db.as_ref();
     let mut marks = BTreeMap::new();
-    for db in webhook.db.iter().filter(|db| wanted.is_none_or(|wanted| wanted == *db)) {
-        let was_marked = record.databases.contains_key(db);
-        match local_docs::ensure_mark(server, generation, db, was_marked, &sys::sleep) {
-            Ok(mark) => drop(marks.insert(db.clone(), mark)),
+    for db in dbs_of_seek(webhook, state_db, wanted.map(String::as_str))? {
+        let was_marked = record.databases.contains_key(&db);
+        match local_docs::ensure_mark(server, generation, &db, was_marked, &sys::sleep) {
+            Ok(mark) => drop(marks.insert(db, mark)),
             // Said by `places`, with what it means.
             Err(error) if error.kind() == Kind::NotFound => {}
             Err(error) => return Err(error),
