@@ -412,8 +412,7 @@ impl Daemon {
             outage: Arc::clone(&connection.outage),
             watched: Arc::clone(&self.watched),
             said_started: Arc::clone(&self.said_started),
-            hints: Arc::clone(&self.hints),
-            ..shared(&connection.server, hookd, facts.key, source, self.checkpoints.clone())
+            ..shared(&connection.server, hookd, facts.key, source, self.checkpoints.clone(), &self.hints)
         };
         match Desk::start(&shared, self.asks.clone()) {
             Ok(desk) => connection.desk = Some(desk),
@@ -565,6 +564,7 @@ pub(crate) fn shared(
     key: StateKey,
     source: String,
     checkpoints: checkpointer::CheckpointSender,
+    hints: &Arc<Hints>,
 ) -> Shared {
     Shared {
         server: server.clone(),
@@ -574,13 +574,13 @@ pub(crate) fn shared(
         permits: Arc::new(Permits::new(hookd.deliveries_max)),
         checkpoints,
         pool: Arc::new(ReaderPool::new(server, hookd.feed_connections)),
-        lookout: Arc::new(crate::pipeline::lookout::Lookout),
+        lookout: Arc::new(crate::pipeline::lookout::Lookout::new(server, hookd, hints)),
         filtered_pages: Arc::default(),
         outage: Arc::new(Outage::new(server.base_url())),
         board: Arc::default(),
         watched: Arc::default(),
         said_started: Arc::default(),
-        hints: Arc::default(),
+        hints: Arc::clone(hints),
         hookd: Arc::clone(hookd),
     }
 }

@@ -219,7 +219,7 @@ fn activate(
 /// Says how the webhook starts; `false` when it may not run.
 fn say_start(shared: &Shared, webhook: &config::Webhook, active: &Active) -> bool {
     let name = &webhook.name;
-    let databases = webhook.db.join("`, `");
+    let databases = webhook.databases();
     if let Some(since) = active.record.gone_since {
         tell_gone(shared, webhook, since);
         log::error!(
