@@ -50,15 +50,13 @@ impl Beam {
 
     #[track_caller]
     fn wait_for(&mut self, start: &str) -> String {
-        loop {
-            let Ok(line) = self.said.recv_timeout(WAIT_MAX) else {
-                panic!("the BEAM did not say `{start}`; it said {:#?}", self.heard);
-            };
-            self.heard.push(line.clone());
-            if let Some(rest) = line.strip_prefix(start) {
-                return rest.to_owned();
-            }
-            panic!("expected `{start}`, got {:#?}", self.heard);
+        let Ok(line) = self.said.recv_timeout(WAIT_MAX) else {
+            panic!("the BEAM did not say `{start}`; it said {:#?}", self.heard);
+        };
+        self.heard.push(line.clone());
+        match line.strip_prefix(start) {
+            Some(rest) => rest.to_owned(),
+            None => panic!("expected `{start}`, got {:#?}", self.heard),
         }
     }
 
