@@ -13,9 +13,9 @@
 //! | `pure` | every decision, without I/O, clock, threads | `flow` (one database of a webhook), `endpoint` (whom to suspect), `dispatch` (both together), `simulation` (tries to lose an event) |
 //! | `couch` | CouchDB over HTTP | `feed`, `local_docs` (marks, checkpoints), `state_db` (dead letters, records), `conflicts`, `requests` and `alive` (how commands reach a daemon), `gate` (logins) |
 //! | `replication` | how replications are, in the place of a feed | `mod` (opened, paged, waited on), `look`; what counts is `pure::transitions` |
-//! | `pipeline` | the threads of a webhook | `dispatcher`, `activation` (what `since = now` means), `desk` and `obey` (requests of commands), `replay`, `agents` (connections), `report` and `board` (how it is) |
+//! | `pipeline` | the threads of a webhook | `dispatcher`, `activation` (what `since = now` means), `desk` and `obey` (requests of commands), `replay`, `agents` (connections), `hints` (what is said of databases), `report` and `board` (how it is) |
 //! | `config` | sections to typed values | `keys` (the one table), `source` |
-//! | `host` | being started | `stdio` (the only user of stdin and stdout), `config_poller`, `standalone`, `systemd` |
+//! | `host` | being started | `stdio` and `update_notification` (the only users of stdin and stdout), `ending`, `config_poller`, `standalone`, `systemd` |
 //! | `daemon` | starts, applies configurations, stops | `run` |
 //! | `cli` | one file a command | `run`, `check`, `watch`, `ask` (what operates a webhook) |
 //! | `standin`, `demo` | a CouchDB and a receiver to show and to test with | `standin::couch`, `standin::receiver` |
@@ -24,7 +24,7 @@
 //! What must stay true: a checkpoint never passes a change that is neither delivered nor a dead letter nor replaced
 //! (`pure::watermark`); a feed that was lost goes on from the *stored* checkpoint, after its mark was read; one
 //! request per document at a time (`pure::lanes`); a dead letter is stored before the watermark passes it; every
-//! channel and buffer has a bound; only `host::stdio` writes to stdout; no secret is ever formatted
+//! channel and buffer has a bound; only `host::stdio` writes to stdout, and under `[update_notification]` nobody does; no secret is ever formatted
 //! (`pure::secret`, `pure::redact`). Who may import whom is kept by `tests/it/tidy.rs`.
 
 pub mod cli;

@@ -11,7 +11,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use clap::Args;
-use crossbeam_channel::{Receiver, RecvTimeoutError, bounded, select};
+use crossbeam_channel::{Receiver, RecvTimeoutError, bounded, never, select};
 use log::LevelFilter;
 
 use crate::cli::out::complain;
@@ -118,13 +118,11 @@ pub(crate) fn stay(why: &str) -> u8 {
 
 /// From here on stdin is read and stdout silent.
 fn begin(tell: impl FnMut(Told) + Send + 'static) -> Result<Notifier> {
-    let silence = update_notification::silence_stdout();
+    let silenced = update_notification::silence_stdout();
     let notifier = update_notification::start(tell);
-    match silence {
+    if let Err(error) = silenced {
         // Nothing of ours writes there anyway.
-        Err(error) => complain(&error.to_string()),
-        // Open for as long as the process lives.
-        Ok(pipe) => std::mem::forget(pipe),
+        complain(&error.to_string());
     }
     notifier
 }
@@ -175,12 +173,17 @@ fn daemon(
         let _ = end.send(daemon::run(start));
     });
     let thread = thread.map_err(|error| Failed::ToGoOn(error.to_string()))?;
-    let mut complaint = Complaint::default();
+    let (mut complaint, mut damaged) = (Complaint::default(), damaged.clone());
     let outcome = loop {
         select! {
             recv(ended) -> outcome => break outcome,
-            recv(damaged) -> _ => if complaint.is_news(Kind::Malformed, sys::now()) {
-                log::warn!("CouchDB wrote a line on stdin that cannot be read; every database is looked at for it");
+            recv(damaged) -> damage => match damage {
+                Ok(()) if complaint.is_news(Kind::Malformed, sys::now()) => log::warn!(
+                    "CouchDB wrote a line on stdin that cannot be read; every database is looked at for it"
+                ),
+                Ok(()) => {}
+                // stdin has ended; the daemon is about to.
+                Err(_) => damaged = never(),
             },
         }
     };

@@ -15,7 +15,7 @@
 
 use std::fs::File;
 use std::io::{ErrorKind, Read};
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::AsFd;
 use std::time::Duration;
 
 use crossbeam_channel::{Receiver, Sender, bounded};
@@ -100,23 +100,28 @@ pub fn drain(mut input: impl Read, mut tell: impl FnMut(Told)) {
 }
 
 /// Puts `/dev/null` in the place of stdout for the whole process, and of stderr where that is the same pipe
-/// (`2>&1` in CouchDB's configuration). Gives the pipe: CouchDB would see it closed, so keep it.
+/// (`2>&1` in CouchDB's configuration). The pipe itself stays open to the end of the process: CouchDB would see it closed.
 ///
 /// # Errors
 /// `Io` when the system refuses that; stdout is then what it was.
-pub fn silence_stdout() -> Result<OwnedFd> {
+pub fn silence_stdout() -> Result<()> {
     let failed = |what: &str, why: &dyn std::fmt::Display| {
         Error::new(Kind::Io, format!("failed to keep stdout silent: {what}: {why}"))
     };
     let nothing = File::options().write(true).open("/dev/null").map_err(|why| failed("`/dev/null`", &why))?;
+    let is_nothing = |end: FileStat| fstat(&nothing).is_ok_and(|nothing| end.st_rdev == nothing.st_rdev);
+    if fstat(std::io::stdout()).is_ok_and(is_nothing) {
+        // So it is after an `exec` of ours, which does not close the pipe.
+        return Ok(());
+    }
     let are_one = is_one_pipe(std::io::stdout(), std::io::stderr());
-    // Not closed by an `exec` either: we may start anew in this process.
-    let stdout = nix::unistd::dup(std::io::stdout()).map_err(|why| failed("dup", &why))?;
+    let pipe = nix::unistd::dup(std::io::stdout()).map_err(|why| failed("dup", &why))?;
     nix::unistd::dup2_stdout(&nothing).map_err(|why| failed("dup2", &why))?;
     if are_one {
         nix::unistd::dup2_stderr(&nothing).map_err(|why| failed("dup2 of stderr", &why))?;
     }
-    Ok(stdout)
+    std::mem::forget(pipe);
+    Ok(())
 }
 
 /// Whether both lead into the same pipe.

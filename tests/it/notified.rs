@@ -23,7 +23,7 @@ const END_MAX: Duration = Duration::from_millis(1_200);
 const MORE_THAN_A_PIPE: usize = 300_000;
 
 /// CouchDB's end of the pipes.
-pub(crate) struct Notifier {
+struct Notifier {
     child: Child,
     stdin: Option<ChildStdin>,
     /// Lines of stderr as they come.
@@ -34,7 +34,7 @@ pub(crate) struct Notifier {
 }
 
 impl Notifier {
-    pub(crate) fn start(words: &[&str]) -> Notifier {
+    fn start(words: &[&str]) -> Notifier {
         Notifier::start_with(words, &[])
     }
 
@@ -44,21 +44,20 @@ impl Notifier {
         ours.for_each(|(name, _)| {
             command.env_remove(name);
         });
-        let words = ["update-notification"].iter().chain(words);
-        let mut child = command
-            .args(words)
-            .envs(environment.iter().copied())
-            .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
-            .stderr(Stdio::piped())
-            .spawn()
-            .unwrap();
+        command.arg("update-notification").args(words).envs(environment.iter().copied());
+        Notifier::spawn(command)
+    }
+
+    fn spawn(mut command: Command) -> Notifier {
+        let mut child =
+            command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
         let (mut output, errors) = (child.stdout.take().unwrap(), child.stderr.take().unwrap());
         let ((all, stdout), (line, lines)) = (bounded(1), bounded(100_000));
         drop(sys::spawn("stdout", move || {
             let mut bytes = Vec::new();
             output.read_to_end(&mut bytes).unwrap();
-            all.send(bytes).unwrap();
+            // Nobody waits for it where the process was killed.
+            let _ = all.send(bytes);
         }));
         drop(sys::spawn("stderr", move || {
             let said = BufReader::new(errors).split(b'\n').map_while(Result::ok);
@@ -68,7 +67,7 @@ impl Notifier {
     }
 
     /// Writes as CouchDB does: this does not return before all of it was read, or is in the pipe.
-    pub(crate) fn write(&mut self, bytes: &[u8]) {
+    fn write(&mut self, bytes: &[u8]) {
         self.stdin.as_mut().unwrap().write_all(bytes).expect("it reads");
     }
 
@@ -97,7 +96,8 @@ impl Notifier {
 
     /// Closes stdin and waits for the end, which is in time and without a byte on stdout; gives the exit status.
     #[track_caller]
-    pub(crate) fn close(mut self) -> i32 {
+    fn close(mut self) -> i32 {
+        let is_damaged = self.has_said("cannot be read");
         let begun = sys::now();
         drop(self.stdin.take());
         // Ends with the process, which nobody else shares it with.
@@ -105,6 +105,7 @@ impl Notifier {
         let status = self.child.wait().unwrap().code();
         let took = begun.elapsed();
         self.said.extend(self.errors.iter());
+        assert!(is_damaged || !self.has_said("cannot be read"), "an end is no damage: {:#?}", self.said);
         assert_eq!(String::from_utf8_lossy(&stdout), "", "on stdout; {:#?}", self.said);
         assert!(took <= END_MAX, "{took:?}; {:#?}", self.said);
         self.said.iter().for_each(|line| assert_no_secret("stderr", line));
@@ -162,6 +163,7 @@ fn a_hundred_thousand_lines_change_neither_stdout_nor_memory_nor_deliveries() {
     println!("{before} KiB before 100,000 lines, {after} KiB after");
     assert!(after < before + 4_096, "{before} KiB before, {after} KiB after");
     assert!(before < 65_536, "{before} KiB");
+    assert!(!notifier.has_said("cannot be read"), "{:#?}", notifier.said);
     assert_eq!(notifier.close(), 0);
 }
 
@@ -349,6 +351,31 @@ fn a_kill_loses_nothing() {
         };
         assert!(receiver.wait_until(WAIT_MAX, told), "{}", receiver.look(Record::transcript));
     }
+    assert_eq!(notifier.close(), 0);
+}
+
+/// The daemon finds no file descriptor for its signals and breaks down; once there are some it starts anew, in the same
+/// process, and CouchDB has noticed nothing.
+#[test]
+fn a_daemon_that_breaks_down_starts_anew_in_the_same_process() {
+    if !Command::new("prlimit").arg("--version").output().is_ok_and(|tried| tried.status.success()) {
+        println!("skipped: no prlimit (util-linux)");
+        return;
+    }
+    let (dir, couch, receiver) = (Dir::new(), couch(Flavour::V1, &["orders"]), receiver());
+    write(&couch, "orders", 3);
+    let ini = Ini::new(&couch.url()).webhook("orders", &receiver.url(), "");
+    std::fs::write(dir.path("hookd.ini"), ini.text()).unwrap();
+    let mut command = Command::new("/bin/sh");
+    let script = "ulimit -S -n 5; exec \"$0\" update-notification --config \"$1\"";
+    command.args(["-c", script, env!("CARGO_BIN_EXE_couch-hookd")]).arg(dir.path("hookd.ini"));
+    let mut notifier = Notifier::spawn(command);
+    notifier.wait_for("the daemon broke down: failed to catch signals");
+    notifier.write(&lines("db", MORE_THAN_A_PIPE / 30, 100));
+    let pid = notifier.child.id().to_string();
+    assert!(Command::new("prlimit").args(["--pid", &pid, "--nofile=1024"]).status().unwrap().success());
+    wait(&receiver, &mut notifier, 3);
+    notifier.write(&lines("db", MORE_THAN_A_PIPE / 30, 100));
     assert_eq!(notifier.close(), 0);
 }
 

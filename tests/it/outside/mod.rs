@@ -3,6 +3,7 @@
 pub(crate) mod beam;
 pub(crate) mod beam_commands;
 pub(crate) mod beam_kills;
+pub(crate) mod beam_notified;
 pub(crate) mod cloudevents;
 pub(crate) mod couchdb;
 pub(crate) mod couchdb_kills;
