@@ -288,9 +288,9 @@ impl Lease {
         self.letting_go = true;
     }
 
-    /// It does again.
-    pub fn want(&mut self) {
-        self.letting_go = false;
+    /// It does, with this mode.
+    pub fn want(&mut self, mode: Mode) {
+        (self.letting_go, self.mode) = (false, mode);
     }
 
     // --- Outputs -----------------------------------------------------------------------------------------
@@ -304,7 +304,7 @@ impl Lease {
             State::Held if self.letting_go => Write::Release,
             _ if self.letting_go => return None,
             State::Unknown => return None,
-            State::Alone if self.others.is_empty() => return None,
+            State::Alone if self.mode == Mode::Auto && self.others.is_empty() => return None,
             State::Alone => Write::Take,
             State::Standby if self.is_free(now) && self.may_take(now) => Write::Take,
             State::Standby => return None,
@@ -337,6 +337,11 @@ impl Lease {
             State::Alone => false,
             State::Standby | State::Held => !self.leaving,
         }
+    }
+
+    /// Whether only the time that others have to take a lease keeps us from taking it.
+    pub fn waits_for_others(&self, now: Duration) -> bool {
+        self.state == State::Standby && self.is_free(now) && !self.may_take(now)
     }
 
     /// How we stand to it.

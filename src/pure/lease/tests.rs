@@ -165,7 +165,7 @@ fn what_does_not_run_here_any_more_is_given_back() {
     lease.let_go();
     assert_eq!(write(&mut lease, s(101), "2-a"), Write::Release);
     assert_eq!((lease.telling(), lease.write(s(500))), (None, None));
-    lease.want();
+    lease.want(Mode::On);
     assert!(lease.write(s(102)).is_some());
 }
 
@@ -348,7 +348,11 @@ impl World {
             stopped: Duration::ZERO,
             next_round: self.now,
         };
-        if at < self.daemons.len() { self.daemons[at] = daemon } else { self.daemons.push(daemon) }
+        if at < self.daemons.len() {
+            self.daemons[at] = daemon
+        } else {
+            self.daemons.push(daemon)
+        }
         self.push(at, self.now, Way::Wake);
     }
 
@@ -467,10 +471,7 @@ impl World {
                 let (alive, now) = (&self.alive, self.now);
                 let live = |one: &str| one != name && alive.get(one).is_some_and(|at| now - *at <= s(90));
                 let others = self.couch.announced.iter().filter(|(one, _)| live(one));
-                Way::Looked(
-                    self.couch.doc.clone(),
-                    others.map(|(one, leased)| other(one, *leased)).collect(),
-                )
+                Way::Looked(self.couch.doc.clone(), others.map(|(one, leased)| other(one, *leased)).collect())
             }
             Way::Write(order) => Way::Answered(self.couch.take(&name, &order)),
             _ => return,
