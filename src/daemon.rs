@@ -5,6 +5,7 @@
 //! webhooks that changed are stopped and started; a webhook never runs twice at the same time.
 
 pub mod couch_config;
+mod leases;
 
 use std::collections::{BTreeMap, HashSet};
 use std::sync::Arc;
@@ -17,7 +18,9 @@ use crate::config::finding::{Origin, Raw};
 use crate::config::source::{self, Overrides, Sources};
 use crate::config::{self, Config, Hookd};
 use crate::couch::client::Server;
+use crate::couch::leases::Hold;
 use crate::couch::state_db;
+use crate::daemon::leases::Leases;
 use crate::error::{Kind, Result};
 use crate::host::config_poller::ConfigPoller;
 use crate::host::ending::Closed;
@@ -42,13 +45,15 @@ use crate::sys::{self, Thread};
 const HOSTED_END: (Duration, Duration) = (Duration::from_millis(500), Duration::from_millis(300));
 /// By itself: the same, after SIGTERM; together under the 5 s of DESIGN §3.
 const OWN_END: (Duration, Duration) = (Duration::from_millis(3_500), Duration::from_millis(1_000));
+/// After both, to give back leases and to say that we are gone. The rest of the second that a hosted daemon has.
+const LEASES_END: Duration = Duration::from_millis(150);
 /// How often ended webhooks are looked for, and their successors started.
 const TICK: Duration = Duration::from_millis(50);
 /// A webhook whose thread panicked starts again after this.
 const RESTART_AFTER: Duration = Duration::from_secs(5);
 /// A notifier without a configuration that can be used reads its files again: nobody restarts it.
 const READ_AGAIN: Duration = Duration::from_secs(10);
-/// Questions of the desk on their way.
+/// Questions of the desk on their way; what it tells of other daemons, too.
 const ASKS_MAX: usize = 16;
 /// Between two tries to reach CouchDB.
 const CONNECT_AGAIN: [Duration; 5] = [
@@ -224,6 +229,8 @@ struct Facts {
 /// A webhook of the current configuration, or of the one before.
 struct Slot {
     running: Option<Running>,
+    /// What it asks before it tells anything.
+    hold: Option<Arc<Hold>>,
     /// What runs, or would.
     webhook: config::Webhook,
     /// Told to stop; starts again as this when it has ended.
@@ -244,6 +251,7 @@ struct Connection {
     facts: Receiver<Facts>,
     thread: Thread,
     desk: Option<Desk>,
+    leases: Option<Leases>,
 }
 
 struct Daemon {
@@ -382,7 +390,7 @@ impl Daemon {
             let (asked, state_db, said) = (server.clone(), hookd.state_db.clone(), Arc::clone(&outage));
             let thread = sys::spawn("connector", move || connect(&asked, &state_db, &said, &to))?;
             let hookd = Arc::new(hookd);
-            Ok(Connection { server, hookd, shared: None, outage, facts, thread, desk: None })
+            Ok(Connection { server, hookd, shared: None, outage, facts, thread, desk: None, leases: None })
         });
         match made {
             Ok(connection) => self.connection = Some(connection),
@@ -394,9 +402,10 @@ impl Daemon {
         let Some(connection) = &mut self.connection else { return };
         let hookd = &connection.hookd;
         log::info!("CouchDB {} at {} answers", facts.version, connection.server.base_url());
-        if facts.n_nodes > 1 {
+        if facts.n_nodes > 1 && self.slots.values().any(|slot| slot.webhook.lease.is_none()) {
             log::warn!(
-                "this CouchDB has {} nodes: if a daemon runs on each of them, each tells every change",
+                "this CouchDB has {} nodes: if a daemon runs on each of them, each tells every change of webhooks with \
+                 `lease = off`",
                 facts.n_nodes
             );
         }
@@ -414,9 +423,14 @@ impl Daemon {
             said_started: Arc::clone(&self.said_started),
             ..shared(&connection.server, hookd, facts.key, source, self.checkpoints.clone(), &self.hints)
         };
-        match Desk::start(&shared, self.asks.clone()) {
+        let (nudges, nudged) = bounded(ASKS_MAX);
+        match Desk::start(&shared, self.asks.clone(), nudges) {
             Ok(desk) => connection.desk = Some(desk),
             Err(error) => log::error!("commands cannot be obeyed: {error}"),
+        }
+        match Leases::start(&shared, nudged) {
+            Ok(leases) => connection.leases = Some(leases),
+            Err(error) => log::error!("no webhook can be told: {error}"),
         }
         connection.shared = Some(shared);
         self.tick();
@@ -437,9 +451,14 @@ impl Daemon {
         if connection.shared.is_none() {
             connection.server.stop();
         }
-        self.left.extend(connection.desk.into_iter().flat_map(|desk| desk.stop().0));
+        self.left.extend(connection.desk.into_iter().flat_map(Desk::stop));
         self.left.extend(connection.shared.iter().flat_map(|shared| shared.pool.stop()));
         self.left.push(connection.thread);
+        if let Some(leases) = connection.leases {
+            // Given back when the webhooks have ended.
+            let (thread, _) = leases.stop(sys::now() + OWN_END.0 + OWN_END.1 + LEASES_END);
+            self.left.push(thread);
+        }
         for slot in self.slots.values_mut() {
             let next = slot.next.take().or_else(|| Some(slot.webhook.clone()));
             slot.stop(next);
@@ -448,13 +467,20 @@ impl Daemon {
 
     /// Collects what has ended, starts what is to run.
     fn tick(&mut self) {
-        let shared = self.connection.as_ref().and_then(|connection| connection.shared.as_ref());
+        if let Some(leases) = self.connection.as_mut().and_then(|connection| connection.leases.as_mut()) {
+            let wanted = self.slots.iter().map(|(name, slot)| (name.clone(), slot.webhook.lease));
+            leases.want(wanted.collect());
+        }
+        let connection = self.connection.as_ref();
+        let shared = connection.and_then(|connection| connection.shared.as_ref());
+        let leases = connection.and_then(|connection| connection.leases.as_ref());
         let settled = self.settled;
         let left = &mut self.left;
         self.slots.retain(|name, slot| {
             if slot.stopping && slot.running.as_ref().is_none_or(Running::is_ended) {
                 left.extend(slot.running.take().into_iter().flat_map(|running| running.join(sys::now())));
                 slot.stopping = false;
+                slot.hold = None;
                 slot.waiting.clear();
                 match slot.next.take() {
                     Some(webhook) => slot.webhook = webhook,
@@ -468,13 +494,19 @@ impl Daemon {
                 // It panicked, which was logged. Starting is recovering; not at once, or it might never do else.
                 left.extend(slot.running.take().into_iter().flat_map(|running| running.join(sys::now())));
                 slot.not_before = Some(sys::now() + RESTART_AFTER);
+                slot.hold = None;
                 log::error!("webhook `{name}` broke down; it starts again in {} s", RESTART_AFTER.as_secs());
+            }
+            if !slot.stopping && slot.hold.as_ref().is_some_and(|hold| hold.is_ended()) {
+                slot.lose();
             }
             if slot.not_before.is_some_and(|not_before| sys::now() < not_before) {
                 return true;
             }
-            if let (None, false, Some(shared)) = (&slot.running, slot.stopping, shared) {
-                match Running::start(shared, slot.webhook.clone(), settled) {
+            let hold = leases.and_then(|leases| leases.hold(name));
+            if let (None, false, Some(shared), Some(hold)) = (&slot.running, slot.stopping, shared, hold) {
+                slot.hold = Some(Arc::clone(&hold));
+                match Running::start(shared, slot.webhook.clone(), settled, hold) {
                     Ok(running) => slot.running = Some(running),
                     Err(error) => log::error!("webhook `{name}` cannot start: {error}"),
                 }
@@ -490,7 +522,10 @@ impl Daemon {
     fn on_ask(&mut self, ask: Ask) {
         match ask {
             Ask::Webhook(name, to) => {
-                let webhook = self.slots.get(&name).map(|slot| slot.webhook.clone());
+                let leases = self.connection.as_ref().and_then(|connection| connection.leases.as_ref());
+                let is_told_here =
+                    leases.and_then(|leases| leases.hold(&name)).is_some_and(|hold| hold.is_valid());
+                let webhook = self.slots.get(&name).map(|slot| (slot.webhook.clone(), is_told_here));
                 // Nobody waits any more when the desk was stopped.
                 let _ = to.send(webhook);
             }
@@ -516,7 +551,8 @@ impl Daemon {
     /// Stops everything; takes no longer than both times together and a little.
     fn stop(mut self, deliveries: Duration, checkpoint: Duration) {
         let deadline: Instant = sys::now() + deliveries + checkpoint;
-        let desk = self.connection.as_mut().and_then(|connection| connection.desk.take()).map(Desk::stop);
+        let desk = self.connection.as_mut().and_then(|connection| connection.desk.take());
+        self.left.extend(desk.into_iter().flat_map(Desk::stop));
         // Whoever waits there for a webhook to end need not.
         (_, self.asked) = bounded(1);
         for slot in self.slots.values() {
@@ -524,12 +560,16 @@ impl Daemon {
                 running.order(Order::Stop { deliveries, checkpoint });
             }
         }
-        for slot in std::mem::take(&mut self.slots).into_values() {
+        for mut slot in std::mem::take(&mut self.slots).into_values() {
+            slot.hold = None;
             self.left.extend(slot.running.into_iter().flat_map(|running| running.join(deadline)));
         }
-        if let Some((threads, ended)) = desk {
-            let _ = ended.recv_deadline(deadline);
-            self.left.extend(threads);
+        // Whoever waits for a lease of ours may go on as soon as nothing of ours does.
+        if let Some(leases) = self.connection.as_mut().and_then(|connection| connection.leases.take()) {
+            let until = deadline + LEASES_END;
+            let (thread, ended) = leases.stop(until);
+            let _ = ended.recv_deadline(until);
+            self.left.push(thread);
         }
         if let Some(connection) = self.connection.take() {
             connection.server.stop();
@@ -544,7 +584,17 @@ impl Daemon {
 
 impl Slot {
     fn new(webhook: config::Webhook) -> Slot {
-        Slot { running: None, webhook, stopping: false, next: None, not_before: None, waiting: Vec::new() }
+        let (running, hold, next, not_before, waiting) = (None, None, None, None, Vec::new());
+        Slot { running, hold, webhook, stopping: false, next, not_before, waiting }
+    }
+
+    /// Somebody else tells it by now: nothing is waited for, nothing more is stored.
+    fn lose(&mut self) {
+        if let Some(running) = &self.running {
+            running.order(Order::Stop { deliveries: Duration::ZERO, checkpoint: Duration::ZERO });
+        }
+        self.stopping = true;
+        self.next = Some(self.webhook.clone());
     }
 
     /// Tells what runs to stop, to be followed by `next`.
@@ -581,6 +631,7 @@ pub(crate) fn shared(
         watched: Arc::default(),
         said_started: Arc::default(),
         hints: Arc::clone(hints),
+        hold: Hold::unlimited(),
         hookd: Arc::clone(hookd),
     }
 }

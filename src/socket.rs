@@ -32,6 +32,25 @@ const SCRATCH_MIN: usize = 10 * 1024;
 #[derive(Debug, Clone, Default)]
 pub struct Sockets {
     tls: Arc<RustlsConnector>,
+    gate: Option<Gate>,
+}
+
+impl Sockets {
+    /// Connections that send nothing while `gate` is shut: what was to be sent fails. It is asked before every write, so
+    /// whoever was stopped in the middle of a connection, or a request, sends no more of it.
+    pub fn gated(gate: Gate) -> Sockets {
+        Sockets { gate: Some(gate), ..Sockets::default() }
+    }
+}
+
+/// Whether something may be sent now.
+#[derive(Clone)]
+pub struct Gate(pub Arc<dyn Fn() -> bool + Send + Sync>);
+
+impl std::fmt::Debug for Gate {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Gate")
+    }
 }
 
 impl Connector for Sockets {
@@ -39,6 +58,7 @@ impl Connector for Sockets {
 
     fn connect(&self, details: &ConnectionDetails<'_>, _: Option<()>) -> Result<Option<Self::Out>, Error> {
         let socket = Plain.connect(details, None)?;
+        let socket = socket.map(|socket| Socket { gate: self.gate.clone(), ..socket });
         self.tls.connect(details, socket)
     }
 }
@@ -57,7 +77,14 @@ impl Connector for Plain {
         (details.register_shutdown)(handle as Weak<dyn ShutdownHandle>)?;
         let config = details.config;
         let buffers = Buffer::new(config.input_buffer_size(), config.output_buffer_size());
-        Ok(Some(Socket { stream, buffers, read_limit: None, write_limit: None, just_read: false }))
+        Ok(Some(Socket {
+            stream,
+            buffers,
+            read_limit: None,
+            write_limit: None,
+            just_read: false,
+            gate: None,
+        }))
     }
 }
 
@@ -97,6 +124,7 @@ pub struct Socket {
     write_limit: Option<Duration>,
     /// Something came, and nobody has asked since whether it is still open.
     just_read: bool,
+    gate: Option<Gate>,
 }
 
 impl Socket {
@@ -118,6 +146,9 @@ impl Socket {
             if let Some(limit) = new_limit(self.write_limit, left) {
                 self.stream.set_write_timeout(limit)?;
                 self.write_limit = limit;
+            }
+            if self.gate.as_ref().is_some_and(|gate| !(gate.0)()) {
+                return Err(Error::Io(ErrorKind::PermissionDenied.into()));
             }
             match (&*self.stream).write(&self.buffers.output[n_sent..held]) {
                 Ok(0) => return Err(Error::Io(ErrorKind::WriteZero.into())),

@@ -15,6 +15,13 @@ pub fn now() -> Instant {
     Instant::now()
 }
 
+/// Time since this machine was started, with the time that it was suspended: for leases, which others wait out
+/// while we are stopped.
+pub fn since_boot() -> Duration {
+    let clock = nix::time::ClockId::CLOCK_BOOTTIME;
+    Duration::from(nix::time::clock_gettime(clock).expect("Linux has had this clock since 2.6.39"))
+}
+
 /// Wall-clock time, only for `webhook-timestamp`, `Retry-After` dates, and times that people read.
 pub fn wall() -> jiff::Timestamp {
     jiff::Timestamp::now()
@@ -53,6 +60,16 @@ pub fn is_process(pid: u32) -> bool {
     let Ok(pid) = i32::try_from(pid) else { return false };
     let asked = nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid), None);
     asked != Err(nix::errno::Errno::ESRCH)
+}
+
+/// What tells one life of a process from another on one machine: its space of ids, and when it began in it. `None`
+/// where it cannot be known: it is gone, hidden, or this is no Linux with `/proc`.
+pub fn life_of_process(pid: u32) -> Option<String> {
+    let space = std::fs::read_link("/proc/self/ns/pid").ok()?;
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    // Behind the name in parentheses, which may hold anything, follow the fields from the third on; the 22nd is it.
+    let began = stat.rsplit_once(')')?.1.split_whitespace().nth(19)?;
+    Some(format!("{} {began}", space.to_str()?))
 }
 
 /// A running thread. Dropping it without [`Thread::join`] is a mistake.

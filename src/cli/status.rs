@@ -316,7 +316,8 @@ fn needs_help(webhook: &Webhook, status: &WebhookStatus, now: Timestamp) -> Opti
         State::Down if lasts > schedule => Some("its endpoint takes nothing for long".to_owned()),
         State::Starting if lasts > PASSING => Some("it cannot start: see the daemon's log".to_owned()),
         State::Waiting if lasts > PASSING => Some("it cannot read a database".to_owned()),
-        State::Starting | State::Waiting | State::Down => None,
+        State::Standby if lasts > PASSING => Some("no daemon holds its lease: see their logs".to_owned()),
+        State::Starting | State::Waiting | State::Down | State::Standby => None,
         State::Running | State::Paused | State::Gone => None,
     }
 }

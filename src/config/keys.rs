@@ -86,6 +86,9 @@ pub struct Key {
 /// Words of `watch` that a later version takes.
 pub const WATCH_LATER: [&str; 1] = ["databases"];
 
+/// Words of `lease` that a later version takes.
+pub const LEASE_LATER: [&str; 1] = ["shared"];
+
 /// Keys that a later version takes.
 pub const LATER: [(Section, &str); 3] =
     [(Section::Hookd, "status_listen"), (Section::Webhook, "batch_max"), (Section::Webhook, "batch_wait")];
@@ -386,6 +389,12 @@ pub const KEYS: &[Key] = &[
         "Attempts in a second, a minute or an hour, retries among them; one second's worth may go out at once.",
     ),
     webhook("paused", Kind::Flag, "false", "Stops the webhook; its place is kept."),
+    webhook(
+        "lease",
+        Kind::Word(&["auto", "on", "off"]),
+        "auto",
+        "Several daemons on one `state_db`: who holds the lease tells. `auto`: while others are there; `off`: every daemon tells.",
+    ),
     optional(webhook(
         "endpoint_guard",
         Kind::Word(guard::LEVELS),

@@ -25,6 +25,7 @@ use crate::config::keys::Section;
 use crate::pure::dispatch::batches::Batching;
 use crate::pure::format::Format;
 use crate::pure::guard::Guard;
+use crate::pure::lease::Mode;
 use crate::pure::message::Watch;
 use crate::pure::nearest::nearest_of;
 use crate::pure::pattern::Pattern;
@@ -314,6 +315,8 @@ pub struct Webhook {
     pub batching: Option<Batching>,
     /// Stopped by configuration.
     pub paused: bool,
+    /// When a lease is needed to tell it; `None`: never.
+    pub lease: Option<Mode>,
     /// Which addresses its endpoint may have.
     pub guard: Guard,
     /// PEM file with roots for this endpoint beside the others.

@@ -177,6 +177,9 @@ fn defaults_are_those_of_the_table() {
                     rate_limit: None,
                     batching: None,
                     paused: false,
+                    lease: Some(
+                        Auto,
+                    ),
                     guard: Guard {
                         level: Metadata,
                         allow: [],

@@ -15,6 +15,7 @@ use crate::config::{Filter, Hookd, Polling, Since, Webhook, values};
 use crate::pure::dispatch::batches::Batching;
 use crate::pure::format::Format;
 use crate::pure::guard::{self, Guard, Level};
+use crate::pure::lease::Mode;
 use crate::pure::message::{DELETED, UPDATED, Watch, matches};
 use crate::pure::pattern::{Pattern, fits, is_pattern};
 use crate::pure::redact::document::Redaction;
@@ -98,6 +99,11 @@ pub(crate) fn parse(
         rate_limit: reader.with_default("rate_limit", values::rate_limit),
         batching: batching(&mut reader, format),
         paused: reader.flag("paused"),
+        lease: match reader.word("lease", &keys::LEASE_LATER) {
+            "off" => None,
+            "on" => Some(Mode::On),
+            _ => Some(Mode::Auto),
+        },
         guard: guard(&mut reader, hookd),
         ca_file: reader.path("ca_file"),
         fingerprint: fingerprint(endpoint, section),

@@ -3,6 +3,11 @@
 //! An ordinary document, because `_local` ones cannot be listed on 1.x. Written at the start and every 30 s with
 //! CouchDB's own time, so that clocks do not matter; deleted at a clean end. One that was not renewed for 90 s is of
 //! a daemon that was killed, as is one of this machine whose process is gone.
+//!
+//! It is also how daemons know of each other before they tell anything (`pure::lease`): `leased` names the webhooks that a
+//! daemon runs, or would, and whether it tells them with a lease alone.
+
+use std::collections::BTreeMap;
 
 use http::Method;
 use serde::{Deserialize, Serialize};
@@ -44,9 +49,15 @@ pub struct Daemon {
     pub started_at: jiff::Timestamp,
     /// By CouchDB's clock.
     pub renewed_at: jiff::Timestamp,
+    /// Which life of that process id it is ([`sys::life_of_process`]).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub life: Option<String>,
     /// Webhooks that it runs, or would.
     #[serde(default)]
     pub webhooks: Statuses,
+    /// The same, as soon as they are configured; whether each is told with a lease alone.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub leased: BTreeMap<String, bool>,
 }
 
 impl Daemon {
@@ -63,7 +74,9 @@ impl Daemon {
             version: env!("CARGO_PKG_VERSION").to_owned(),
             started_at: now,
             renewed_at: now,
+            life: sys::life_of_process(pid),
             webhooks: Statuses::new(),
+            leased: BTreeMap::new(),
         }
     }
 
@@ -74,8 +87,30 @@ impl Daemon {
 
     /// Whether it may still be there, at `now` by CouchDB's clock.
     pub fn is_alive(&self, now: jiff::Timestamp) -> bool {
-        let gone = self.host == sys::host_name() && !sys::is_process(self.pid);
-        !gone && now.duration_since(self.renewed_at).as_secs() <= STALE_SECONDS
+        !self.is_gone() && now.duration_since(self.renewed_at).as_secs() <= STALE_SECONDS
+    }
+
+    /// Whether it is of this machine and its process is not there any more. Machines of the same name that do not share
+    /// their process ids, such as containers, are told apart where that can be seen.
+    fn is_gone(&self) -> bool {
+        if self.host != sys::host_name() {
+            return false;
+        }
+        let space = |life: &str| life.rsplit_once(' ').map(|(space, _)| space.to_owned());
+        let ours = sys::life_of_process(std::process::id());
+        match (&self.life, ours) {
+            (Some(its), Some(ours)) if space(its) != space(&ours) => false,
+            (Some(its), Some(_)) => {
+                let now = sys::life_of_process(self.pid);
+                !sys::is_process(self.pid) || now.is_some_and(|now| now != *its)
+            }
+            _ => !sys::is_process(self.pid),
+        }
+    }
+
+    /// Whether it runs a webhook, or would, and tells it with a lease alone.
+    pub fn is_leased(&self, webhook: &str) -> Option<bool> {
+        self.leased.get(webhook).copied().or_else(|| self.webhooks.contains_key(webhook).then_some(false))
     }
 }
 
@@ -85,26 +120,19 @@ impl Default for Daemon {
     }
 }
 
-/// CouchDB's own time; ours where it does not say.
+/// Says that this daemon is alive. Each request takes no longer than `limits` allow.
 ///
 /// # Errors
 /// As [`Server::request`].
-pub fn server_time(server: &Server) -> Result<jiff::Timestamp> {
-    Ok(server.request(&Method::GET, "/", None, &[])?.date.unwrap_or_else(sys::wall))
-}
-
-/// Says that this daemon is alive.
-///
-/// # Errors
-/// As [`Server::request`].
-pub fn renew(server: &Server, state_db: &str, daemon: &mut Daemon) -> Result<()> {
+pub fn renew(server: &Server, state_db: &str, daemon: &mut Daemon, limits: Limits) -> Result<()> {
     let path = db_path(state_db, &[&daemon.id]);
-    daemon.renewed_at = server_time(server)?;
+    let asked = server.request_within(&Method::GET, "/", None, &[], limits)?;
+    daemon.renewed_at = asked.date.unwrap_or_else(sys::wall);
     if daemon.rev.is_none() {
         daemon.started_at = daemon.renewed_at;
     }
     let body = serde_json::to_string(daemon).expect("texts and numbers are always JSON");
-    match server.request(&Method::PUT, &path, Some(&body), &[]) {
+    match server.request_within(&Method::PUT, &path, Some(&body), &[], limits) {
         Ok(reply) => {
             let written: Written = from_json(&reply.body).context(|| format!("PUT {path}"))?;
             daemon.rev = Some(written.rev);
@@ -112,7 +140,8 @@ pub fn renew(server: &Server, state_db: &str, daemon: &mut Daemon) -> Result<()>
         }
         // Somebody took us for dead and deleted it, or CouchDB 1.x was killed and lost it: the next one is new.
         Err(error) if error.kind() == Kind::Conflict => {
-            let found: Option<Daemon> = server.get_json(&path).ok();
+            let found = server.request_within(&Method::GET, &path, None, &[], limits).ok();
+            let found: Option<Daemon> = found.and_then(|reply| from_json(&reply.body).ok());
             daemon.rev = found.and_then(|found| found.rev);
             Err(error)
         }
@@ -135,6 +164,18 @@ pub fn end(server: &Server, state_db: &str, daemon: &Daemon, limits: Limits) -> 
 /// # Errors
 /// As [`Server::get_json`].
 pub fn list(server: &Server, state_db: &str) -> Result<(Vec<Daemon>, jiff::Timestamp)> {
+    list_within(server, state_db, Limits::default())
+}
+
+/// As [`list`] with limits of its own.
+///
+/// # Errors
+/// As [`list`].
+pub fn list_within(
+    server: &Server,
+    state_db: &str,
+    limits: Limits,
+) -> Result<(Vec<Daemon>, jiff::Timestamp)> {
     #[derive(Deserialize)]
     struct Page {
         rows: Vec<Row>,
@@ -149,7 +190,7 @@ pub fn list(server: &Server, state_db: &str) -> Result<(Vec<Daemon>, jiff::Times
         encoded(&json!(format!("{PREFIX}~")).to_string()),
     );
     let path = db_path(state_db, &["_all_docs"]) + &query;
-    let reply = server.request(&Method::GET, &path, None, &[])?;
+    let reply = server.request_within(&Method::GET, &path, None, &[], limits)?;
     let page: Page = from_json(&reply.body).context(|| format!("GET {path}"))?;
     let daemons = page.rows.into_iter().filter_map(|row| serde_json::from_str(row.doc?.get()).ok()).collect();
     Ok((daemons, reply.date.unwrap_or_else(sys::wall)))
@@ -162,8 +203,7 @@ pub fn list(server: &Server, state_db: &str) -> Result<(Vec<Daemon>, jiff::Times
 pub fn delete_dead(server: &Server, state_db: &str) -> Result<()> {
     let (daemons, now) = list(server, state_db)?;
     for daemon in daemons {
-        let gone = daemon.host == sys::host_name() && !sys::is_process(daemon.pid);
-        if gone || now.duration_since(daemon.renewed_at).as_secs() > FORGOTTEN_SECONDS {
+        if daemon.is_gone() || now.duration_since(daemon.renewed_at).as_secs() > FORGOTTEN_SECONDS {
             match end(server, state_db, &daemon, Limits::default()) {
                 Err(error) if !matches!(error.kind(), Kind::NotFound | Kind::Conflict) => return Err(error),
                 _ => {}
@@ -187,6 +227,15 @@ mod tests {
         // No process has this id: it is above what Linux gives.
         let killed = Daemon { pid: i32::MAX as u32, ..us.clone() };
         assert!(!killed.is_alive(second(1_000)));
+        // Another process has it by now.
+        let (space, _) = us.life.as_deref().unwrap().rsplit_once(' ').unwrap();
+        let reused = Daemon { life: Some(format!("{space} 1")), ..us.clone() };
+        assert!(!reused.is_alive(second(1_000)));
+        // Of a container of the same name: its ids are not ours.
+        let contained = Daemon { life: Some("pid:[1] 1".to_owned()), ..killed.clone() };
+        assert!(contained.is_alive(second(1_000)));
+        // Of a version that does not say.
+        assert!(!Daemon { life: None, ..killed.clone() }.is_alive(second(1_000)));
         let elsewhere = Daemon { host: format!("not-{}", us.host), ..killed };
         assert!(elsewhere.is_alive(second(1_000)), "of another machine only the time is known");
     }

@@ -7,6 +7,7 @@ pub mod databases;
 pub mod db_updates;
 pub mod feed;
 mod gate;
+pub mod leases;
 pub mod letters;
 pub mod local_docs;
 pub mod node_config;

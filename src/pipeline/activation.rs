@@ -77,6 +77,7 @@ pub fn activate(shared: &Shared, webhook: &config::Webhook, is_wanted: &dyn Fn()
             starting_points::store(shared, webhook, &found, &mut bucket_revs)?;
         }
     }
+    shared.hold.check()?;
     let record = change_record(server, state_db, &webhook.name, |record| {
         if record.activated_at.is_none() {
             record.activated_at = Some(sys::wall());
@@ -174,6 +175,8 @@ pub(crate) fn start_database(
             version: env!("CARGO_PKG_VERSION").to_owned(),
             seek: None,
         };
+        // Who tells it by now began before this `now`, or will begin behind it.
+        shared.hold.check()?;
         local_docs::write_checkpoint(server, db, &webhook.name, key, &checkpoint, None)
             .context(|| format!("database `{db}`: failed to write the first checkpoint"))?;
     }

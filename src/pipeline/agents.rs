@@ -31,8 +31,8 @@ struct State {
 
 impl Agents {
     /// None yet.
-    pub fn new(config: Config, names: Names) -> Agents {
-        Agents { config, names, connector: Sockets::default(), state: Mutex::default() }
+    pub fn new(config: Config, names: Names, connector: Sockets) -> Agents {
+        Agents { config, names, connector, state: Mutex::default() }
     }
 
     /// Lends an agent for one request; whoever panics with it keeps it.

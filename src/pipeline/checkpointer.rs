@@ -1,15 +1,18 @@
 //! Stores checkpoints, for all webhooks, at a pace that CouchDB bears.
 //!
 //! Guarantees: at most ten a second (each costs CouchDB 4 ms and 4 KiB of file, CONTRACT §9), and forty while hundreds
-//! of databases wait for theirs; always with the `_rev` of the last read or write; on 1.x never after the server was started again since the position was read
+//! of databases wait for theirs; always with the `_rev` of the last read or write; never after the webhook's lease
+//! has ended; on 1.x never after the server was started again since the position was read
 //! (its numbers may have been used twice). 2.x and 3.x check no `_rev` (CONTRACT §6), so this is no lock.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, Sender, bounded};
 
 use crate::couch::client::{Limits, Server};
+use crate::couch::leases::Hold;
 use crate::couch::local_docs;
 use crate::error::{Error, Kind, Result};
 use crate::pure::checkpoint::{Checkpoint, DeliveredId, Mark, StateKey};
@@ -47,6 +50,8 @@ pub struct Job {
     pub life: Option<String>,
     /// Not paced, and not waited for longer than this: the process is ending.
     pub hurry: Option<Duration>,
+    /// Whether the webhook is still ours: another daemon may have stored a later place.
+    pub hold: Arc<Hold>,
     /// Names it in the answer.
     pub flow: FlowIndex,
     /// Where the answer goes.
@@ -139,5 +144,6 @@ fn write(job: &Job, checkpoint: &Checkpoint, rev: Option<&str>) -> Result<String
         Some(hurry) => Limits { deadline: Some(hurry), ..Limits::default() },
         None => Limits::default(),
     };
+    job.hold.check()?;
     local_docs::write_checkpoint_within(&job.server, &job.db, &job.webhook, &job.key, checkpoint, rev, limits)
 }

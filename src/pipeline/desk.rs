@@ -1,8 +1,8 @@
-//! Where requests come in: follows `state_db`, has them obeyed in order, and says that this daemon is alive.
+//! Where requests come in: follows `state_db`, and has them obeyed in order by the daemon that tells their webhook.
 //!
 //! ```text
 //! state_db/_changes --> requests:follow --requests--> requests:desk --asks--> daemon (its webhooks)
-//!                                                         '--> couch: records, answers, `daemon:…`
+//!       '--nudges--> leases                               '--> couch: records, answers
 //! ```
 //!
 //! Guarantees: what counts is a request's document, not the feed: after every lost connection all open ones are
@@ -19,9 +19,9 @@ use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, bounded};
 use serde_json::{Map, Value, json};
 
 use crate::config;
-use crate::couch::alive::{self, Daemon};
-use crate::couch::client::Limits;
+use crate::couch::alive;
 use crate::couch::feed::{self, Feed, FeedCloser, FeedKind, FeedRequest};
+use crate::couch::leases;
 use crate::couch::requests::{self, Command, Progress, Request};
 use crate::error::{Error, Kind, Result};
 use crate::pipeline::Shared;
@@ -29,17 +29,13 @@ use crate::pipeline::board::Attempts;
 use crate::pipeline::complaints::{Complaint, Outage};
 use crate::pipeline::dispatcher::Order;
 use crate::pipeline::obey;
-use crate::pure::changes::{Item, RowDoc};
+use crate::pure::changes::{Item, Row, RowDoc};
 use crate::sys::{self, Thread};
 
 /// How often the desk looks at the time when nothing comes in.
 const TICK: Duration = Duration::from_millis(500);
 /// Between two tries of a request that failed for a passing reason.
 const AGAIN: Duration = Duration::from_secs(1);
-/// How often the daemon says that it is alive; a third of what makes it dead to others.
-const RENEW: Duration = Duration::from_secs(30);
-/// When a webhook's state is another one it says so earlier, but not again within this.
-const RENEW_MIN: Duration = Duration::from_secs(1);
 /// How often old requests and dead daemons are cleaned away.
 const CLEAN: Duration = Duration::from_secs(3600);
 /// The first time: a start has better things to do, above all one of many in a row.
@@ -50,8 +46,6 @@ const TAIL_FOR: Duration = Duration::from_secs(30);
 const TAIL_EVERY: Duration = Duration::from_secs(1);
 /// A webhook that is started again has ended by then: what it takes to end deliveries, and a little.
 const RESTART_MAX: Duration = Duration::from_secs(10);
-/// For taking back that we are alive; CouchDB may be on its way out itself.
-const END_MAX: Duration = Duration::from_millis(300);
 /// What was done so shortly before the desk began may be missing in the records that webhooks started from: its doer took
 /// us for not there yet. By its clock and ours, so there is room for both.
 const DONE_MARGIN: Duration = Duration::from_secs(60);
@@ -68,12 +62,21 @@ const FOLLOW_AGAIN: [Duration; 3] =
 /// What the desk asks of the daemon that runs the webhooks.
 #[derive(Debug)]
 pub enum Ask {
-    /// What is configured under this name; `None` when it is not ours.
-    Webhook(String, Sender<Option<config::Webhook>>),
+    /// What is configured under this name, and whether it is told here now; `None` when it is not ours.
+    Webhook(String, Sender<Option<(config::Webhook, bool)>>),
     /// Ends the webhook's parts and starts them again; the sender is dropped when they have ended.
     Restart(String, Sender<()>),
     /// Passes an order to its thread.
     Order(String, Order),
+}
+
+/// What the follower sees, or is asked, of what others keep: which daemons are alive, and whose webhooks are.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Nudge {
+    /// Somebody wants to know how webhooks are.
+    Asked,
+    /// A daemon, or a lease, is another one than before: with this `_rev`.
+    Changed(String),
 }
 
 /// What came in.
@@ -93,7 +96,6 @@ pub struct Desk {
     stopping: Arc<AtomicBool>,
     closer: FeedCloser,
     to: Sender<Incoming>,
-    ended: Receiver<()>,
     threads: Vec<Thread>,
 }
 
@@ -102,37 +104,33 @@ impl Desk {
     ///
     /// # Errors
     /// `Io` when no thread can be started.
-    pub fn start(shared: &Shared, asks: Sender<Ask>) -> Result<Desk> {
+    pub fn start(shared: &Shared, asks: Sender<Ask>, nudges: Sender<Nudge>) -> Result<Desk> {
         let (to, incoming) = bounded(64);
         let stopping = Arc::new(AtomicBool::new(false));
         let feed = Feed::new(&shared.server);
         let closer = feed.closer();
-        let clerk = Clerk::new(shared, asks);
-        let (end, ended) = bounded(1);
-        let desk = sys::spawn("requests:desk", move || {
-            clerk.run(&incoming);
-            // Nobody waits unless the process is about to end.
-            let _ = end.send(());
-        })?;
-        let follower = Follower { shared: shared.clone(), to: to.clone(), stopping: Arc::clone(&stopping) };
+        let clerk = Clerk::new(shared, asks, nudges.clone());
+        let desk = sys::spawn("requests:desk", move || clerk.run(&incoming))?;
+        let (shared, stopping_too) = (shared.clone(), Arc::clone(&stopping));
+        let follower = Follower { shared, to: to.clone(), nudges, stopping: stopping_too };
         let follow = sys::spawn("requests:follow", move || follower.run(feed))?;
-        Ok(Desk { stopping, closer, to, ended, threads: vec![follow, desk] })
+        Ok(Desk { stopping, closer, to, threads: vec![follow, desk] })
     }
 
-    /// Ends both as soon as they can be woken; gives their threads, and what tells when this daemon is no more alive
-    /// to others: soon, or after 300 ms.
-    pub fn stop(self) -> (Vec<Thread>, Receiver<()>) {
+    /// Ends both as soon as they can be woken; gives their threads.
+    pub fn stop(self) -> Vec<Thread> {
         self.stopping.store(true, Ordering::SeqCst);
         self.closer.close();
         // Full means that it is at work, and finds the end of the channel behind it.
         let _ = self.to.try_send(Incoming::Stop);
-        (self.threads, self.ended)
+        self.threads
     }
 }
 
 struct Follower {
     shared: Shared,
     to: Sender<Incoming>,
+    nudges: Sender<Nudge>,
     stopping: Arc<AtomicBool>,
 }
 
@@ -184,7 +182,7 @@ impl Follower {
             feed.read(&request, &mut |items| {
                 for item in items.drain(..) {
                     match item {
-                        Item::Row(row) => gone |= self.pass(&row.id, row.deleted, &row.doc).is_err(),
+                        Item::Row(row) => gone |= self.pass(&row).is_err(),
                         Item::End { last_seq, .. } => last = last_seq,
                         Item::Fault { .. } => {}
                     }
@@ -198,12 +196,18 @@ impl Follower {
         }
     }
 
-    fn pass(&self, id: &str, deleted: bool, doc: &RowDoc) -> Result<(), ()> {
+    fn pass(&self, row: &Row) -> Result<(), ()> {
+        let Row { id, deleted, doc, revs, .. } = row;
         if !id.starts_with(requests::PREFIX) {
+            if [alive::PREFIX, leases::PREFIX].iter().any(|prefix| id.starts_with(prefix)) {
+                // Full: there is a reason to look already.
+                let rev = revs.first().cloned().unwrap_or_default();
+                let _ = self.nudges.try_send(Nudge::Changed(rev));
+            }
             return Ok(());
         }
         let incoming = match doc {
-            _ if deleted => Incoming::Deleted(id.to_owned()),
+            _ if *deleted => Incoming::Deleted(id.clone()),
             RowDoc::Json(doc) => match Request::parse(doc.get()) {
                 Some(request) => Incoming::Written(Box::new(request)),
                 None => return Ok(()),
@@ -228,6 +232,7 @@ struct Tail {
 struct Clerk {
     shared: Shared,
     asks: Sender<Ask>,
+    nudges: Sender<Nudge>,
     /// To be obeyed, in order.
     waiting: VecDeque<Request>,
     try_at: Instant,
@@ -237,22 +242,17 @@ struct Clerk {
     tails: Vec<Tail>,
     tails_at: Instant,
     complaint: Complaint,
-    daemon: Daemon,
-    began: Instant,
     began_at: jiff::Timestamp,
-    /// Somebody wants to know how webhooks are.
-    is_asked: bool,
-    renewed_at: Option<Instant>,
-    n_words: u64,
     clean_at: Instant,
 }
 
 impl Clerk {
-    fn new(shared: &Shared, asks: Sender<Ask>) -> Clerk {
+    fn new(shared: &Shared, asks: Sender<Ask>, nudges: Sender<Nudge>) -> Clerk {
         let now = sys::now();
         Clerk {
             shared: shared.clone(),
             asks,
+            nudges,
             waiting: VecDeque::new(),
             try_at: now,
             answered: HashSet::new(),
@@ -260,12 +260,7 @@ impl Clerk {
             tails: Vec::new(),
             tails_at: now,
             complaint: Complaint::default(),
-            daemon: Daemon::new(),
-            began: now,
             began_at: sys::wall(),
-            is_asked: false,
-            renewed_at: None,
-            n_words: 0,
             clean_at: now + CLEAN_FIRST,
         }
     }
@@ -284,12 +279,7 @@ impl Clerk {
                 self.obey_waiting();
             }
             self.show_tails(now);
-            self.say_alive(now);
             self.clean(now);
-        }
-        let limits = Limits { deadline: Some(END_MAX), ..Limits::default() };
-        if let Err(error) = alive::end(&self.shared.server, &self.shared.state_db, &self.daemon, limits) {
-            log::debug!("`{}` stays: {error}", self.daemon.id);
         }
     }
 
@@ -317,6 +307,7 @@ impl Clerk {
 
     fn on_request(&mut self, request: Request) {
         if request.state != Progress::Open {
+            self.waiting.retain(|waiting| waiting.id != request.id);
             // Done by another daemon, or by a command that took us for dead: it counts for us, too.
             let ours = self.answered.contains(&request.id);
             if request.state == Progress::Done && restarts(request.command) && !ours {
@@ -326,8 +317,10 @@ impl Clerk {
             return;
         }
         if request.command == Command::Status {
-            // Listed at a start: whoever asked is gone.
-            self.is_asked |= !is_old(&request);
+            // Listed at a start: whoever asked may be gone.
+            if !is_old(&request) {
+                let _ = self.nudges.try_send(Nudge::Asked);
+            }
         } else if request.command == Command::Tail {
             self.on_tail(&request);
         } else if !self.waiting.iter().any(|waiting| waiting.id == request.id)
@@ -369,7 +362,11 @@ impl Clerk {
 
     fn obey(&mut self, request: &Request) -> Result<()> {
         // Of another daemon, or of nobody: the command that made it knows.
-        let Some(webhook) = self.find(&request.webhook)? else { return Ok(()) };
+        let Some((webhook, is_told_here)) = self.find(&request.webhook)? else { return Ok(()) };
+        if !is_told_here {
+            // Whoever tells the webhook obeys; should it be us before that is done, we do.
+            return Err(stopped());
+        }
         let Shared { server, state_db, .. } = &self.shared;
         if request.command == Command::Replay {
             // The feed shows it as it was after one of its answers; what counts is how it is.
@@ -403,7 +400,8 @@ impl Clerk {
         })
     }
 
-    fn find(&self, webhook: &str) -> Result<Option<config::Webhook>> {
+    /// What is configured, and whether it is told here.
+    fn find(&self, webhook: &str) -> Result<Option<(config::Webhook, bool)>> {
         let (to, found) = bounded(1);
         self.ask(Ask::Webhook(webhook.to_owned(), to))?;
         found.recv().map_err(|_| stopped())
@@ -433,7 +431,7 @@ impl Clerk {
             }
             return;
         }
-        let is_ours = matches!(self.find(&request.webhook), Ok(Some(_)));
+        let is_ours = matches!(self.find(&request.webhook), Ok(Some((_, true))));
         if !is_ours || is_old(request) {
             return;
         }
@@ -478,29 +476,7 @@ impl Clerk {
         self.tails.iter_mut().for_each(|tail| tail.n_written = write(tail, Progress::Open));
     }
 
-    // --- Being alive -------------------------------------------------------------------------------------
-
-    fn say_alive(&mut self, now: Instant) {
-        let (webhooks, n_words) = self.shared.board.look();
-        let asked = std::mem::take(&mut self.is_asked);
-        let due = match self.renewed_at {
-            _ if asked => true,
-            // Soon after the start: first the webhooks say how they are.
-            None => !webhooks.is_empty() || now >= self.began + RENEW_MIN,
-            Some(at) => now >= at + RENEW || (n_words != self.n_words && now >= at + RENEW_MIN),
-        };
-        if !due {
-            return;
-        }
-        (self.renewed_at, self.n_words) = (Some(now), n_words);
-        self.daemon.webhooks = webhooks;
-        let Shared { server, state_db, .. } = &self.shared;
-        if let Err(error) = alive::renew(server, state_db, &mut self.daemon) {
-            log::debug!("`{}` could not be renewed: {error}", self.daemon.id);
-            // Soon: others take us for dead after three times.
-            self.renewed_at = now.checked_sub(RENEW - RENEW_MIN);
-        }
-    }
+    // --- Cleaning -----------------------------------------------------------------------------------------
 
     fn clean(&mut self, now: Instant) {
         if now < self.clean_at {

@@ -17,6 +17,7 @@ use crossbeam_channel::{Receiver, Sender, bounded, never, select_biased};
 use serde_json::value::RawValue;
 
 use crate::config;
+use crate::couch::leases::Hold;
 use crate::couch::requests::Request;
 use crate::couch::state_db::{self, DeadLetter, DeadLetterClass};
 use crate::error::{Kind, Result};
@@ -87,12 +88,18 @@ pub struct Running {
 }
 
 impl Running {
-    /// Starts the webhook. Unless `confirmed`, only one that ran before with this very configuration goes on.
+    /// Starts the webhook, which tells only while `hold` is valid. Unless `confirmed`, only one that ran before with
+    /// this very configuration goes on.
     ///
     /// # Errors
     /// `Io` when no thread can be started.
-    pub fn start(shared: &Shared, webhook: config::Webhook, confirmed: bool) -> Result<Running> {
-        Running::start_with(shared, webhook, move |shared, webhook, orders| {
+    pub fn start(
+        shared: &Shared,
+        webhook: config::Webhook,
+        confirmed: bool,
+        hold: Arc<Hold>,
+    ) -> Result<Running> {
+        Running::start_with(&Shared { hold, ..shared.clone() }, webhook, move |shared, webhook, orders| {
             run(shared, webhook, confirmed, orders)
         })
     }
@@ -307,7 +314,8 @@ struct Failure {
 /// What came of an attempt.
 struct Done {
     token: u64,
-    answer: Answer,
+    /// `None`: none was made, the webhook is not ours to tell now.
+    answer: Option<Answer>,
 }
 
 struct Dispatcher<'a> {
@@ -363,7 +371,7 @@ impl<'a> Dispatcher<'a> {
             fed: bounded(ROWS_MAX),
             wake: bounded(1),
         };
-        let endpoint = Arc::new(Endpoint::new(webhook)?);
+        let endpoint = Arc::new(Endpoint::new(webhook, &shared.hold)?);
         let flows = (0..n).map(|_| found::new_flow(shared, webhook));
         let mut dispatch = Dispatch::new(settings(webhook), flows.collect(), sys::now());
         dispatch.set_readings_max(shared.pool.size());
@@ -424,8 +432,8 @@ impl<'a> Dispatcher<'a> {
             let now = sys::now();
             self.attend(now);
             let wake = &self.channels.wake.0;
-            let permits = &self.shared.permits;
-            let mut permit = || permits.take(wake);
+            let (permits, hold) = (&self.shared.permits, &self.shared.hold);
+            let mut permit = || hold.is_valid_or_wakes(wake) && permits.take(wake);
             self.dispatch.poll(now, permits.bytes_free(), sys::jitter(), &mut permit, &mut actions);
             for action in actions.drain(..) {
                 self.act(action, now);
@@ -533,6 +541,7 @@ impl<'a> Dispatcher<'a> {
     fn on_done(&mut self, Done { token, answer }: Done) {
         let now = sys::now();
         let Some(InFlight { id, started, shown }) = self.in_flight.remove(&token) else { return };
+        let Some(answer) = answer else { return self.dispatch.on_given_back(token, now) };
         let is_delivered = self.dispatch.endpoint().is_delivered(answer.outcome);
         self.report.on_outcome(answer.outcome, is_delivered, &answer.text, now);
         if let Some(shown) = shown {
@@ -793,6 +802,7 @@ impl<'a> Dispatcher<'a> {
                     seek: subscription.seek.clone(),
                     life: subscription.life.clone(),
                     hurry: self.stop.map(|stop| stop.hurry),
+                    hold: Arc::clone(&self.shared.hold),
                     flow,
                     to: self.channels.stored.0.clone(),
                 };
@@ -1040,7 +1050,7 @@ fn workers(
         let deliver = AssertUnwindSafe(|| endpoint.deliver(&job));
         // The panic was logged by its hook; the event must not hang for it.
         let answer = catch_unwind(deliver)
-            .unwrap_or_else(|_| Answer { outcome: Outcome::Broken, text: "we panicked".to_owned() });
+            .unwrap_or_else(|_| Some(Answer { outcome: Outcome::Broken, text: "we panicked".to_owned() }));
         drop(job);
         permits.give_back();
         match done.send(Done { token, answer }) {

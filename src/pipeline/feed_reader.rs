@@ -183,6 +183,7 @@ impl Reading {
                 telling: Telling::clone(telling),
                 polling: webhook.polling,
                 seek: seek.clone(),
+                hold: Arc::clone(&shared.hold),
                 stopping: Arc::clone(&stopping),
             };
             Monitor::new(looking, &shared.hookd)

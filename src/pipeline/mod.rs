@@ -35,6 +35,7 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
 use crate::couch::client::Server;
+use crate::couch::leases::Hold;
 use crate::pipeline::board::Board;
 use crate::pipeline::checkpointer::CheckpointSender;
 use crate::pipeline::complaints::Outage;
@@ -76,6 +77,8 @@ pub struct Shared {
     pub said_started: Arc<AtomicBool>,
     /// What is said of databases and was not yet looked into.
     pub hints: Arc<Hints>,
+    /// What is asked before a webhook is told, or its place stored; unlimited for what is of no webhook.
+    pub hold: Arc<Hold>,
     /// Times of `[hookd]`.
     pub hookd: Arc<crate::config::Hookd>,
 }

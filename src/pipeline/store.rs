@@ -193,6 +193,10 @@ impl State {
                 Err(RecvTimeoutError::Timeout) => Errand::Tell,
                 Err(RecvTimeoutError::Disconnected) => return,
             };
+            // Not ours to tell now: what is known here may be old. Nothing is answered when it never is again.
+            if !self.shared.hold.wait() {
+                continue;
+            }
             let errant = match errand {
                 Errand::LookUp(token, id) => {
                     let found = state_db::dead_letter_exists(server, state_db, &id.to_string());

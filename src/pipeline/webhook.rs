@@ -2,7 +2,8 @@
 //!
 //! Guarantees that redirects are not followed and no proxy of the environment is used; that the text kept of an
 //! answer holds none of our secrets; and that a pooled connection which died before any answer is tried once
-//! more at once. Whom an outcome suspects is left to `pure::endpoint`.
+//! more at once; and that nothing is sent while the webhook is not ours to tell, which is asked immediately before each
+//! write to a connection. Whom an outcome suspects is left to `pure::endpoint`.
 
 pub mod trial;
 
@@ -17,6 +18,7 @@ use ureq::unversioned::transport::{ConnectionDetails, Connector, Transport};
 use ureq::{Agent, Timeout};
 
 use crate::config;
+use crate::couch::leases::Hold;
 use crate::error::{Context, Error, Kind, Result};
 use crate::names::{Names, Refused};
 use crate::pipeline::agents::Agents;
@@ -30,7 +32,7 @@ use crate::pure::retry;
 use crate::pure::secret::Secret;
 use crate::pure::signature::{self, Key};
 use crate::pure::url::Url;
-use crate::socket::Sockets;
+use crate::socket::{Gate, Sockets};
 use crate::{sys, tls};
 
 /// Of an answer's body, in bytes: read to keep the connection, kept for nobody.
@@ -91,17 +93,19 @@ pub struct Endpoint {
     keys: Vec<Key>,
     /// What must not come back to us in an answer's text.
     redactor: Redactor,
+    /// Whether the webhook is ours to tell.
+    hold: Arc<Hold>,
     /// Answers so far: only then can a connection be a pooled one.
     n_answers: AtomicU64,
 }
 
 impl Endpoint {
-    /// Prepares everything; sends nothing.
+    /// Prepares everything; sends nothing, and later nothing while `hold` is not valid.
     ///
     /// # Errors
     /// `Config` for a URL, secret or CA file that cannot be used; the configuration was checked, files may have
     /// changed since.
-    pub fn new(webhook: &config::Webhook) -> Result<Endpoint> {
+    pub fn new(webhook: &config::Webhook, hold: &Arc<Hold>) -> Result<Endpoint> {
         let fault = |found: String| Error::new(Kind::Config, found);
         let url = Url::parse(webhook.endpoint.expose()).map_err(fault)?;
         let keys = webhook.secrets.iter().map(|secret| Key::parse(secret.expose())).collect::<Result<_, _>>();
@@ -112,8 +116,11 @@ impl Endpoint {
         let redactor = Redactor::new(secrets.iter().chain(&webhook.secrets).map(Secret::expose))
             .and_url(webhook.endpoint.expose())
             .and_url(&address);
+        let asked = Arc::clone(hold);
+        let sockets = Sockets::gated(Gate(Arc::new(move || asked.is_valid())));
         Ok(Endpoint {
-            agents: Agents::new(agent_config(webhook, &url)?, names.clone()),
+            agents: Agents::new(agent_config(webhook, &url)?, names.clone(), sockets),
+            hold: Arc::clone(hold),
             names,
             uri,
             headers,
@@ -124,8 +131,12 @@ impl Endpoint {
         })
     }
 
-    /// Sends one event, or several at once, and waits for the answer.
-    pub fn deliver(&self, job: &Job) -> Answer {
+    /// Sends one event, or several at once, and waits for the answer. `None` when it was not sent, or not to its end,
+    /// because the webhook is not ours to tell now.
+    pub fn deliver(&self, job: &Job) -> Option<Answer> {
+        if !self.hold.is_valid() {
+            return None;
+        }
         let (id, body, attempt, replay, content_type) = match job {
             Job::One(one, telling) => (one.event.id, telling.body(&one.event), one.attempt, one.replay, None),
             Job::Batch(batch, tellings) => {
@@ -136,13 +147,13 @@ impl Endpoint {
             }
         };
         let send = || self.send(id, attempt, replay, content_type, &body);
-        match send() {
+        let result = match send() {
             // A pooled connection that the other side had closed: noise, unless it happens again.
-            Err(ureq::Error::Io(error)) if is_dead_socket(error.kind()) && self.was_answered() => {
-                self.judge(send())
-            }
-            result => self.judge(result),
-        }
+            Err(ureq::Error::Io(error)) if is_dead_socket(error.kind()) && self.was_answered() => send(),
+            result => result,
+        };
+        // What failed then says nothing about the endpoint.
+        (result.is_ok() || self.hold.is_valid()).then(|| self.judge(result))
     }
 
     /// Ends every request under way and refuses later ones: outcomes become `Broken` at once.

@@ -17,6 +17,7 @@ pub mod hint;
 pub mod ini;
 pub mod lag;
 pub mod lanes;
+pub mod lease;
 pub mod log_limit;
 pub mod login;
 pub mod message;

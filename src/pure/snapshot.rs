@@ -23,6 +23,8 @@ pub enum State {
     Paused,
     /// Its endpoint said 410.
     Gone,
+    /// Another daemon tells it, or is to.
+    Standby,
 }
 
 impl State {
@@ -35,6 +37,7 @@ impl State {
             State::Down => "down",
             State::Paused => "paused",
             State::Gone => "gone",
+            State::Standby => "standby",
         }
     }
 }

@@ -18,6 +18,7 @@ use std::time::{Duration, Instant};
 use crate::config::{self, Polling};
 use crate::couch::client::{Generation, Server, Welcome};
 use crate::couch::feed::Feed;
+use crate::couch::leases::Hold;
 use crate::error::{Error, Kind, Result};
 use crate::pure::checkpoint::{Mark, Seek, StateKey};
 use crate::pure::lag::Here;
@@ -55,6 +56,8 @@ pub struct Looking {
     pub polling: Polling,
     /// Where a command has set the webhook.
     pub seek: Option<Seek>,
+    /// Whether the webhook is ours to tell.
+    pub hold: Arc<Hold>,
     /// Set when the thread is to end.
     pub stopping: Arc<AtomicBool>,
 }
@@ -226,7 +229,7 @@ impl Monitor {
     fn is_stopping(&self) -> Result<()> {
         match self.looking.stopping.load(Ordering::SeqCst) {
             true => Err(Error::new(Kind::Stopped, "stopped")),
-            false => Ok(()),
+            false => self.looking.hold.check(),
         }
     }
 }

@@ -86,6 +86,7 @@ impl Monitor {
             if self.looking.stopping.load(Ordering::SeqCst) {
                 return Err(Error::new(Kind::Stopped, "stopped"));
             }
+            self.looking.hold.check()?;
             let reply = server.request(&Method::PUT, &path, Some(&body), &[FULL_COMMIT])?;
             let written: Written = from_json(&reply.body).context(|| format!("PUT {path}"))?;
             opened.revs[index] = Some(written.rev);

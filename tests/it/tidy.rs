@@ -48,6 +48,7 @@ const TESTS: &[&str] = &[
     "src/pure/dispatch/tests.rs",
     "src/pure/endpoint/tests.rs",
     "src/pure/flow/tests.rs",
+    "src/pure/lease/tests.rs",
     "src/pure/rep_doc/tests.rs",
     "src/pure/rep_error/tests.rs",
     "src/pure/transitions/tests.rs",

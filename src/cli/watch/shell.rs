@@ -13,6 +13,7 @@ use crate::cli::out::{Colour, Out};
 use crate::cli::watch::Plan;
 use crate::cli::watch::reader::{Fed, Position, Reader};
 use crate::couch::client::{Server, encoded};
+use crate::couch::leases::Hold;
 use crate::daemon::public_source;
 use crate::error::{Error, Kind, Result};
 use crate::host::standalone::{Signal, Signals};
@@ -100,7 +101,7 @@ impl<'a> Shell<'a> {
         let telling = Arc::new(telling);
         Ok(Shell {
             dispatch: Dispatch::new(settings(webhook), vec![flow], sys::now()),
-            workers: Workers::new(Endpoint::new(webhook)?, webhook.concurrency),
+            workers: Workers::new(Endpoint::new(webhook, &Hold::unlimited())?, webhook.concurrency),
             plan,
             out,
             telling,
@@ -312,7 +313,7 @@ impl Workers {
             let name = format!("worker:watch#{}", self.threads.len() + 1);
             self.threads.push(sys::spawn(&name, move || {
                 for job in taken {
-                    let answer = endpoint.deliver(&job);
+                    let answer = endpoint.deliver(&job).expect("its hold is unlimited");
                     if done.send((job.token(), answer)).is_err() {
                         return;
                     }

@@ -16,6 +16,7 @@ use ureq::unversioned::resolver::{ResolvedSocketAddrs, Resolver};
 use ureq::unversioned::transport::{ConnectionDetails, Connector, NextTimeout, RustlsConnector, Transport};
 
 use crate::config;
+use crate::couch::leases::Hold;
 use crate::error::{Error, Kind, Result};
 use crate::names::Names;
 use crate::pipeline::webhook::{
@@ -81,7 +82,7 @@ pub struct Answer {
 /// # Errors
 /// `Config` as [`Endpoint::new`].
 pub fn run(webhook: &config::Webhook, id: &str, body: &[u8]) -> Result<Trial> {
-    let endpoint = Endpoint::new(webhook)?;
+    let endpoint = Endpoint::new(webhook, &Hold::unlimited())?;
     let url = Url::parse(webhook.endpoint.expose()).map_err(|found| Error::new(Kind::Config, found))?;
     let watch =
         Watch(Arc::new(Mutex::new(Seen { begun: sys::now(), steps: Vec::new(), addresses: Vec::new() })));
