@@ -652,7 +652,12 @@ impl<'a> Dispatcher<'a> {
                 self.subscriptions[flow].take_back(reading);
                 self.on_fed(*fed);
             }
-            Fed::Rows(flow, rows) => self.dispatch.on_rows(flow, rows, now),
+            Fed::Rows(flow, rows) => {
+                if self.subscriptions[flow].is_pooled() {
+                    self.on_found_changes(flow);
+                }
+                self.dispatch.on_rows(flow, rows, now);
+            }
             Fed::End { flow, last_seq, pending, closed } => {
                 // Opened, and even rows, may be followed by the same fault at the same place.
                 if !closed {

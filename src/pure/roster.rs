@@ -60,6 +60,8 @@ struct Known {
     causes: Vec<u64>,
     state: State,
     failures: u8,
+    /// A hint has named it since it last rested.
+    hinted: bool,
     /// The last sweep that saw it.
     seen_in: u32,
 }
@@ -147,6 +149,21 @@ impl Roster {
             push_last(&mut known.causes, fingerprint);
         }
         flow
+    }
+
+    /// A hint names a database of the pattern. A flow that is given is to be stirred.
+    pub fn on_hint(&mut self, db: &str) -> Option<FlowIndex> {
+        let flow = self.stir(db);
+        if let Some(known) = self.databases.get_mut(db) {
+            known.hinted = true;
+        }
+        flow
+    }
+
+    /// Whether changes that were read of it were named by no hint: said once until it rests.
+    pub fn on_changes(&mut self, db: &str) -> bool {
+        let Some(known) = self.databases.get_mut(db) else { return false };
+        !std::mem::replace(&mut known.hinted, true)
     }
 
     /// Something is said to have happened to a database of the pattern, or it is wanted. A flow that is given is to be
@@ -247,6 +264,7 @@ impl Roster {
         let Some(known) = self.leave(db) else { return };
         known.state = State::Idle;
         known.failures = 0;
+        known.hinted = false;
         let causes = std::mem::take(&mut known.causes);
         if !causes.is_empty() {
             for cause in causes {
@@ -304,7 +322,7 @@ impl Roster {
 
 impl Known {
     fn new(entry: Entry, state: State, seen_in: u32) -> Known {
-        Known { entry, causes: Vec::new(), state, failures: 0, seen_in }
+        Known { entry, causes: Vec::new(), state, failures: 0, hinted: false, seen_in }
     }
 }
 

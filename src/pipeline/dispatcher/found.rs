@@ -83,7 +83,7 @@ impl Dispatcher<'_> {
         match sighting {
             Sighting::Hinted(hints) => {
                 for hint in hints.iter().filter(|hint| found.pattern.matches(hint.db(), state_db)) {
-                    found.roster.stir(hint.db()).inspect(|flow| self.dispatch.stir(*flow));
+                    found.roster.on_hint(hint.db()).inspect(|flow| self.dispatch.stir(*flow));
                 }
             }
             Sighting::Infos(infos) => {
@@ -162,6 +162,14 @@ impl Dispatcher<'_> {
         {
             let place = conflict::place(&self.webhook.name, db, &before.to_string());
             self.store.order(Errand::ForgetConflicts(place));
+        }
+    }
+
+    /// Changes of a database were read. Where no hint had named it, hints are not relied on.
+    pub(super) fn on_found_changes(&mut self, flow: FlowIndex) {
+        let Some(found) = &mut self.found else { return };
+        if found.roster.on_changes(self.subscriptions[flow].db()) {
+            self.shared.lookout.on_missed();
         }
     }
 
