@@ -30,8 +30,11 @@ const READ_BYTES: usize = 16 * 1024;
 /// What is heard.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Heard {
-    /// CouchDB has answered: from now on its hints come. Those of the time before may be lost on 1.x.
-    Opened,
+    /// CouchDB has answered: from now on its hints come.
+    Opened {
+        /// They go on behind the last one that was heard; else those of the time before may be lost.
+        goes_on: bool,
+    },
     /// One hint.
     Hint(Hint),
     /// A line that cannot be read: anything may have changed.
@@ -76,7 +79,8 @@ impl DbUpdates {
 
     fn follow_once(&mut self, on_heard: &mut dyn FnMut(Heard)) -> Result<()> {
         let generation = self.server.welcome()?.generation;
-        if generation != Generation::One && self.since.is_none() {
+        let goes_on = generation != Generation::One && self.since.is_some();
+        if generation != Generation::One && !goes_on {
             self.since = Some(self.find_out(on_heard)?);
         }
         let since = self.since.as_ref().map_or_else(|| "now".to_owned(), Seq::as_since);
@@ -95,7 +99,7 @@ impl DbUpdates {
                 return Err(absent(error));
             }
         };
-        on_heard(Heard::Opened);
+        on_heard(Heard::Opened { goes_on });
         let mut lines = Lines::default();
         self.buffer.resize(READ_BYTES, 0);
         loop {

@@ -392,9 +392,11 @@ impl<'a> Dispatcher<'a> {
         let found = webhook.patterns.clone().map(|pattern| {
             let (roster, seeks) = (Roster::restored(active.databases), active.record.seeks.clone());
             let (to, sightings) = bounded(SIGHTINGS_MAX);
-            shared.lookout.subscribe(to);
-            Found::new(pattern, roster, seeks, sightings, sys::now())
+            let (wanted, state_db) = (pattern.clone(), shared.state_db.clone());
+            shared.lookout.subscribe(Box::new(move |db| wanted.matches(db, &state_db)), to)?;
+            Ok(Found::new(pattern, roster, seeks, sightings, sys::now()))
         });
+        let found = found.transpose()?;
         let mut dispatcher = Dispatcher {
             replays,
             report: Report::new(),

@@ -41,6 +41,7 @@ pub mod signature;
 mod simulation;
 mod slots;
 pub mod snapshot;
+pub mod sweep;
 pub mod table;
 pub mod test_event;
 mod told;
