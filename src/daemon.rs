@@ -33,6 +33,7 @@ use crate::pipeline::complaints::{Complaint, Outage};
 use crate::pipeline::desk::{Ask, Desk};
 use crate::pipeline::dispatcher::{Order, Running};
 use crate::pipeline::hints::Hints;
+use crate::pipeline::lookout::Lookout;
 use crate::pipeline::permits::Permits;
 use crate::pipeline::reader_pool::ReaderPool;
 use crate::pure::checkpoint::StateKey;
@@ -421,7 +422,14 @@ impl Daemon {
             outage: Arc::clone(&connection.outage),
             watched: Arc::clone(&self.watched),
             said_started: Arc::clone(&self.said_started),
-            ..shared(&connection.server, hookd, facts.key, source, self.checkpoints.clone(), &self.hints)
+            hints: Arc::clone(&self.hints),
+            lookout: Arc::new(Lookout::new(
+                &connection.server,
+                hookd,
+                Arc::clone(&self.hints),
+                Arc::clone(&connection.outage),
+            )),
+            ..shared(&connection.server, hookd, facts.key, source, self.checkpoints.clone())
         };
         let (nudges, nudged) = bounded(ASKS_MAX);
         match Desk::start(&shared, self.asks.clone(), nudges) {
@@ -452,7 +460,12 @@ impl Daemon {
             connection.server.stop();
         }
         self.left.extend(connection.desk.into_iter().flat_map(Desk::stop));
-        self.left.extend(connection.shared.iter().flat_map(|shared| shared.pool.stop()));
+        self.left.extend(
+            connection
+                .shared
+                .iter()
+                .flat_map(|shared| shared.lookout.stop().into_iter().chain(shared.pool.stop())),
+        );
         self.left.push(connection.thread);
         if let Some(leases) = connection.leases {
             // Given back when the webhooks have ended.
@@ -573,7 +586,12 @@ impl Daemon {
         }
         if let Some(connection) = self.connection.take() {
             connection.server.stop();
-            self.left.extend(connection.shared.iter().flat_map(|shared| shared.pool.stop()));
+            self.left.extend(
+                connection
+                    .shared
+                    .iter()
+                    .flat_map(|shared| shared.lookout.stop().into_iter().chain(shared.pool.stop())),
+            );
             self.left.push(connection.thread);
         }
         // What still hangs, in a name that does not resolve for example, ends with the process.
@@ -614,8 +632,8 @@ pub(crate) fn shared(
     key: StateKey,
     source: String,
     checkpoints: checkpointer::CheckpointSender,
-    hints: &Arc<Hints>,
 ) -> Shared {
+    let (hints, outage) = (Arc::<Hints>::default(), Arc::new(Outage::new(server.base_url())));
     Shared {
         server: server.clone(),
         state_db: hookd.state_db.clone(),
@@ -624,13 +642,13 @@ pub(crate) fn shared(
         permits: Arc::new(Permits::new(hookd.deliveries_max)),
         checkpoints,
         pool: Arc::new(ReaderPool::new(server, hookd.feed_connections)),
-        lookout: Arc::new(crate::pipeline::lookout::Lookout::new(server, hookd, hints)),
+        lookout: Arc::new(Lookout::new(server, hookd, Arc::clone(&hints), Arc::clone(&outage))),
         filtered_pages: Arc::default(),
-        outage: Arc::new(Outage::new(server.base_url())),
+        outage,
         board: Arc::default(),
         watched: Arc::default(),
         said_started: Arc::default(),
-        hints: Arc::clone(hints),
+        hints,
         hold: Hold::unlimited(),
         hookd: Arc::clone(hookd),
     }

@@ -47,7 +47,7 @@ impl Office {
         let key = state_db::ensure(server, &hookd.state_db, server.username())?;
         let source = daemon::public_source(&hookd, server.base_url(), welcome.uuid.as_deref());
         let (checkpoints, checkpointer) = checkpointer::start()?;
-        let shared = daemon::shared(server, &hookd, key, source, checkpoints, &Arc::default());
+        let shared = daemon::shared(server, &hookd, key, source, checkpoints);
         Ok(Office { shared, checkpointer })
     }
 

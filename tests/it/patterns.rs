@@ -231,7 +231,7 @@ fn a_letter_of_a_database_at_rest_can_be_sent_again() {
     world.receiver.answer(|_| Reaction::Status(200));
     let ini = world.daemon.files().into_iter().find(|path| path.ends_with("hookd.ini")).unwrap();
     let output = std::process::Command::new(env!("CARGO_BIN_EXE_couch-hookd"))
-        .args(["dead-letters", "replay", "--webhook", "tenants", "--config"])
+        .args(["dead-letters", "replay", "--yes", "--webhook", "tenants", "--config"])
         .arg(ini)
         .output()
         .unwrap();
