@@ -214,7 +214,7 @@ pub const KEYS: &[Key] = &[
         "feed_connections",
         Kind::Count(1, 256),
         "16",
-        "Databases found by pattern that are read at the same time, over all webhooks.",
+        "Connections to CouchDB for databases found by pattern, over all webhooks; each that is read at a time takes two.",
     ),
     hookd(
         "sweep_interval",
