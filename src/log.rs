@@ -52,6 +52,12 @@ const PANIC_CHARS_MAX: usize = 1_000;
 static JSON: AtomicBool = AtomicBool::new(false);
 /// Whether lines go to stderr when nothing else is said, and so may go to a file instead.
 static STDERR: AtomicBool = AtomicBool::new(false);
+/// Whether a bar is drawn where the next line of stderr begins.
+static BAR: AtomicBool = AtomicBool::new(false);
+/// Back to the beginning of the line, and away with what stands there.
+const CLEAR: &str = "\r\x1b[2K";
+/// Length of a bar.
+const BAR_CHARS: usize = 30;
 static FILE: Mutex<Option<LogFile>> = Mutex::new(None);
 
 /// What stands in the place of stderr.
@@ -159,12 +165,38 @@ impl Write for FileOrStderr {
         {
             return Ok(line.len());
         }
+        if BAR.swap(false, Ordering::Relaxed) {
+            std::io::stderr().write_all(CLEAR.as_bytes())?;
+        }
         std::io::stderr().write(line)
     }
 
     fn flush(&mut self) -> std::io::Result<()> {
         Ok(())
     }
+}
+
+/// Draws how far something is, over the bar that was drawn before, where a person looks at stderr; whether one does.
+/// `n_done == n` takes the bar away.
+pub fn progress(what: &str, n_done: usize, n: usize) -> bool {
+    let stderr = std::io::stderr();
+    let is_seen = STDERR.load(Ordering::Relaxed)
+        && !JSON.load(Ordering::Relaxed)
+        && file().is_none()
+        && std::io::IsTerminal::is_terminal(&stderr);
+    if is_seen {
+        let bar = if n_done < n { bar(what, n_done, n) } else { String::new() };
+        BAR.store(n_done < n, Ordering::Relaxed);
+        // A terminal that is gone sees nothing else either.
+        let _ = stderr.lock().write_all(format!("{CLEAR}{bar}").as_bytes());
+    }
+    is_seen
+}
+
+fn bar(what: &str, n_done: usize, n: usize) -> String {
+    let n_full = BAR_CHARS * n_done / n.max(1);
+    let (full, empty) = ("#".repeat(n_full), ".".repeat(BAR_CHARS - n_full));
+    format!("{} [{full}{empty}] {n_done} of {n}", one_line(what))
 }
 
 /// Writes out what waits; before the process ends. Takes 300 ms at most.

@@ -18,8 +18,10 @@ use crate::pure::pattern::Pattern;
 use crate::pure::roster::{self, Entry};
 use crate::sys;
 
-/// How often it is said how far the walk has come.
+/// How often it is said how far the walk has come ...
 const SAY_EVERY: Duration = Duration::from_secs(10);
+/// ... and drawn, on a terminal.
+const DRAW_EVERY: Duration = Duration::from_millis(200);
 /// A pause is cut into pieces of this, to see whether we are wanted elsewhere.
 const PIECE: Duration = Duration::from_millis(50);
 
@@ -49,8 +51,8 @@ pub(crate) fn take(
     let mut looker = Looker::new(server);
     looker.find_out()?;
     let (mut pace, mut complaint) = (Pace::new(shared.hookd.sweep_rate), Complaint::default());
-    let mut say_at = sys::now() + SAY_EVERY;
-    let mut n_done = 0;
+    let (mut say_at, mut draw_at) = (sys::now() + SAY_EVERY, sys::now());
+    let (mut n_done, mut is_drawn) = (0, false);
     for some in names.chunks(looker.at_once().max(1)) {
         // Before the checkpoint: what is written in between makes another fingerprint, and a look.
         for (db, info) in looker.infos(some)? {
@@ -72,8 +74,14 @@ pub(crate) fn take(
                 }
             }
         }
-        if sys::now() >= say_at {
-            say_at = sys::now() + SAY_EVERY;
+        let now = sys::now();
+        if now >= draw_at {
+            draw_at = now + DRAW_EVERY;
+            let what = format!("webhook {}: starting points", webhook.name);
+            is_drawn = crate::log::progress(&what, n_done, names.len());
+        }
+        if now >= say_at && !is_drawn {
+            say_at = now + SAY_EVERY;
             log::info!(
                 "webhook `{}` starts for the first time: {n_done} of {} databases have their starting point",
                 webhook.name,
@@ -81,6 +89,7 @@ pub(crate) fn take(
             );
         }
     }
+    crate::log::progress("", 1, 1);
     log::info!("webhook `{}`: `{pattern}` are {} databases now", webhook.name, known.len());
     Ok(())
 }
