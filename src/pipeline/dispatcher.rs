@@ -49,7 +49,7 @@ use crate::sys::{self, Thread};
 /// Batches of rows on their way; each is at most one socket read, or one row.
 const ROWS_MAX: usize = 2;
 /// Sightings on their way; each is a page of databases at most.
-const SIGHTINGS_MAX: usize = 4;
+const SIGHTINGS_MAX: usize = 32;
 /// A worker without work for this long ends.
 const WORKER_IDLE: Duration = Duration::from_secs(60);
 /// An unfiltered open request is read anew after so many of its timeouts: quiet ones end by themselves before.

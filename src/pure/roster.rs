@@ -27,7 +27,9 @@ use crate::pure::table::Table;
 const CLEAN_MAX: usize = 16;
 /// Parts that what is known is stored in, so that a change of one database does not write all of them.
 pub const BUCKETS: usize = 256;
-/// Pauses after faults in a row, before a database is read again; the last repeats.
+/// Pause after a fault that is not the database's own: when CouchDB answers again, nothing waits for long.
+const LOST_AFTER: Duration = Duration::from_secs(1);
+/// Pauses after faults of its own in a row, before a database is read again; the last repeats.
 const FAILED_AFTER: [Duration; 5] = [
     Duration::from_millis(500),
     Duration::from_secs(2),
@@ -281,11 +283,14 @@ impl Roster {
         self.changed.insert(bucket(db));
     }
 
-    /// It could not be read.
-    pub fn on_failed(&mut self, db: &str, now: Instant) {
+    /// It could not be read; `is_its_own`: the others can, as far as is known.
+    pub fn on_failed(&mut self, db: &str, is_its_own: bool, now: Instant) {
         let Some(known) = self.leave(db) else { return };
-        let until = now + FAILED_AFTER[usize::from(known.failures).min(FAILED_AFTER.len() - 1)];
-        known.failures = known.failures.saturating_add(1);
+        let until = match is_its_own {
+            true => now + FAILED_AFTER[usize::from(known.failures).min(FAILED_AFTER.len() - 1)],
+            false => now + LOST_AFTER,
+        };
+        known.failures = known.failures.saturating_add(u8::from(is_its_own));
         known.state = State::Failed(until);
         self.failed.insert((until, db.into()));
     }
@@ -439,7 +444,8 @@ mod tests {
             let Some(db) = self.flows[flow] else { return };
             let real = self.real.get_mut(db).unwrap();
             if self.random.u8(..6) == 0 {
-                self.roster.on_failed(db, self.now);
+                let is_its_own = self.random.bool();
+                self.roster.on_failed(db, is_its_own, self.now);
                 self.flows[flow] = None;
             } else if !real.exists {
                 self.roster.on_gone(db);
@@ -532,7 +538,7 @@ mod tests {
         for _ in 0..6 {
             assert_eq!(roster.next(now).map(|(db, _)| db.to_string()).as_deref(), Some("bad"));
             roster.on_active("bad", 0);
-            roster.on_failed("bad", now);
+            roster.on_failed("bad", true, now);
             roster.stir("bad");
             roster.stir("good");
             assert_eq!(roster.next(now).map(|(db, _)| db.to_string()).as_deref(), Some("good"));

@@ -462,7 +462,7 @@ impl World {
         self.dispatch.on_read_failed(flow, fault, self.now);
         let is_found = self.is_found && flow == FOUND && fault != ReadFault::Changed;
         if is_found && !self.dispatch.is_pinned(flow) && self.dispatch.flow(flow).is_done() {
-            self.roster.on_failed(&Self::found_name(), self.now);
+            self.roster.on_failed(&Self::found_name(), fault == ReadFault::Refused, self.now);
             self.let_go();
         }
     }

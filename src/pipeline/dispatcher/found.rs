@@ -207,7 +207,18 @@ impl Dispatcher<'_> {
         if is_gone && self.dispatch.flow(flow).is_told() {
             found.roster.on_gone(db);
         } else if kind.is_some() && self.dispatch.flow(flow).is_done() {
-            found.roster.on_failed(db, now);
+            let is_its_own = !matches!(
+                kind,
+                Some(
+                    Kind::Unreachable
+                        | Kind::Cut
+                        | Kind::Timeout
+                        | Kind::Unauthorized
+                        | Kind::Locked
+                        | Kind::Stopped
+                )
+            );
+            found.roster.on_failed(db, is_its_own, now);
         } else {
             return;
         }
