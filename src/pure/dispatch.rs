@@ -635,26 +635,34 @@ impl Dispatch {
         // A page is asked for when half of the window is free: many small pages would cost CouchDB more.
         let enough = self.endpoint.window() / 2;
         let n = self.flows.len();
+        // What a page may still bring ends no other request: a filtered one may take half an hour to bring nothing.
+        let room = self.room(bytes_free);
+        let mut n_expected: usize = self.flows.iter().map(Flow::n_expected).sum();
         for flow in (0..n).map(|i| (self.turn + i) % n) {
-            // What a page may still bring ends no other request: a filtered one may take half an hour to bring nothing.
-            let room = self.room(bytes_free);
             if self.flows[flow].should_close(room > 0, now) {
                 actions.push(Action::Close(flow));
             }
             if self.flows[flow].rests() {
                 continue;
             }
-            let limit = if room > 0 && room >= enough { self.page_limit(room) } else { 0 };
+            let limit = if room > 0 && room >= enough { page_limit(room, n_expected, n) } else { 0 };
             if let Some(read) = self.flows[flow].next_read(limit, now) {
+                n_expected += self.flows[flow].n_expected();
                 actions.push(Action::Read(flow, read));
             }
         }
-        self.poll_resting_reads(now, bytes_free, actions);
+        self.poll_resting_reads(room, n_expected, now, actions);
     }
 
     /// Of those that rest a few read at a time, in turns; and none takes more than its share of the window, so that
     /// one with a million changes never leaves less for those with one.
-    fn poll_resting_reads(&mut self, now: Instant, bytes_free: usize, actions: &mut Vec<Action>) {
+    fn poll_resting_reads(
+        &mut self,
+        room: usize,
+        mut n_expected: usize,
+        now: Instant,
+        actions: &mut Vec<Action>,
+    ) {
         let reads = |flow: &&Flow| flow.rests() && flow.is_reading();
         let mut n_free = self.readings_max.saturating_sub(self.flows.iter().filter(reads).count());
         let share = (self.endpoint.window() / SHARES).max(1);
@@ -668,20 +676,14 @@ impl Dispatch {
             if !self.flows[flow].rests() || n_pending > share / 2 {
                 continue;
             }
-            let limit = self.page_limit(self.room(bytes_free)).min(share - n_pending);
+            let limit = page_limit(room, n_expected, n).min(share - n_pending);
             if let Some(read) = self.flows[flow].next_read(limit, now) {
                 self.read_turn = flow + 1;
                 n_free -= 1;
+                n_expected += self.flows[flow].n_expected();
                 actions.push(Action::Read(flow, read));
             }
         }
-    }
-
-    /// How many rows the next page may bring: never all that the pages under way leave, when there are others.
-    fn page_limit(&self, room: usize) -> usize {
-        let expected: usize = self.flows.iter().map(Flow::n_expected).sum();
-        let left = room.saturating_sub(expected);
-        if self.flows.len() > 1 { left.div_ceil(2).max(1) } else { left }
     }
 
     /// When `poll` has to be called again though nothing happened. Never before what the last `poll` could do: what
@@ -1054,6 +1056,12 @@ pub enum Fetched {
     Failed,
     /// It does not give the document, and will not the next time: too large, no rights, no revision; why.
     Unreadable(String),
+}
+
+/// How many rows the next page may bring: never all that the pages under way leave, when there are others.
+fn page_limit(room: usize, n_expected: usize, n_flows: usize) -> usize {
+    let left = room.saturating_sub(n_expected);
+    if n_flows > 1 && room > 0 { left.div_ceil(2).max(1) } else { left }
 }
 
 fn attempt(token: u64, flow: FlowIndex, event: Arc<Event>, attempt: u32) -> Attempt {

@@ -244,7 +244,7 @@ mod tests {
     /// The most databases asked about within a second, by steps of `size`.
     fn n_per_second(steps: &[Instant], size: usize) -> usize {
         let within =
-            |from: &Instant| steps.iter().filter(|step| (*from..*from + secs(1)).contains(step)).count();
+            |from: &Instant| steps.iter().filter(|step| (*from..*from + secs(1)).contains(*step)).count();
         // The first step of a second is paid for before it begins.
         steps.iter().map(|step| (within(step) - 1) * size).max().unwrap_or(0)
     }
