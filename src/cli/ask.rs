@@ -19,6 +19,7 @@ use crate::daemon;
 use crate::error::{Error, Kind, Result};
 use crate::pipeline::dispatcher::{Order, Running};
 use crate::pipeline::{Shared, checkpointer, obey};
+use crate::pure::snapshot::State;
 use crate::sys;
 
 /// How often an answer is looked for.
@@ -58,8 +59,14 @@ impl Office {
     pub(crate) fn alive(&self, webhook: Option<&str>) -> Result<Vec<Daemon>> {
         let (mut daemons, now) = alive::list(&self.shared.server, &self.shared.state_db)?;
         daemons.retain(|daemon| {
-            daemon.is_alive(now) && webhook.is_none_or(|webhook| daemon.webhooks.contains_key(webhook))
+            daemon.is_alive(now) && webhook.is_none_or(|webhook| daemon.is_leased(webhook).is_some())
         });
+        // First who tells it: the others stand by.
+        let stands_by = |daemon: &Daemon| {
+            let status = webhook.and_then(|webhook| daemon.webhooks.get(webhook));
+            status.is_some_and(|status| status.state == State::Standby)
+        };
+        daemons.sort_by_key(stands_by);
         Ok(daemons)
     }
 

@@ -17,7 +17,10 @@ use crate::cli::run::Source;
 use crate::cli::table::{Cell, Table};
 use crate::config::keys::short;
 use crate::config::{Filter, Polling, Since, Webhook};
+use crate::couch::client::Limits;
+use crate::couch::leases;
 use crate::error::Result;
+use crate::pure::lease::Mode;
 use crate::pure::message::Watch;
 use crate::pure::{retry, url};
 
@@ -43,7 +46,8 @@ pub(crate) fn run(arguments: Arguments, out: &mut Out) -> Result<u8> {
     let setup = Setup::load(arguments.source)?;
     let webhook = setup.webhook(&arguments.name)?;
     let settings = settings::of(&setup, webhook);
-    let facts = facts(webhook);
+    let mut facts = facts(webhook);
+    facts.push(("lease", lease(&setup, webhook)));
     let rights = rights::ask(&setup, webhook);
     let status = u8::from(rights.iter().any(|right| right.missing.is_some()));
     let endpoint = url::shown(webhook.endpoint.expose());
@@ -102,6 +106,23 @@ fn facts(webhook: &Webhook) -> Vec<(&'static str, String)> {
         facts.push(("paused", "by its section (`paused = true`)".to_owned()));
     }
     facts
+}
+
+/// Which of several daemons tells it; now, where that can be read.
+fn lease(setup: &Setup, webhook: &Webhook) -> String {
+    let rule = match webhook.lease {
+        None => return "never: every daemon that has this webhook tells it".to_owned(),
+        Some(Mode::On) => "always: whoever holds it tells",
+        Some(Mode::Auto) => {
+            "while other daemons with this `state_db` have the webhook: whoever holds it tells"
+        }
+    };
+    let state_db = &setup.config.hookd.state_db;
+    let found = leases::read(&setup.server, state_db, &webhook.name, Limits::default()).ok().flatten();
+    match found.filter(|found| !found.doc.released) {
+        Some(found) => format!("{rule}; {} took or renewed it last", found.place),
+        None => rule.to_owned(),
+    }
 }
 
 fn told(webhook: &Webhook) -> String {

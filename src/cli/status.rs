@@ -70,6 +70,9 @@ struct Line {
     /// Who runs it, and when it last said how it is.
     daemon: Option<String>,
     said_at: Option<Timestamp>,
+    /// Who would run it if that one did not (`lease`).
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    standbys: Vec<String>,
     /// Changes behind the stored place; at least so many with `pending_at_least`.
     pending: Option<u64>,
     pending_at_least: bool,
@@ -107,9 +110,15 @@ pub(crate) fn run(arguments: Arguments, out: &mut Out) -> Result<u8> {
         let stored = Stored::read(&setup, webhook, &letters)?;
         let running: Vec<&Daemon> =
             daemons.iter().filter(|daemon| daemon.webhooks.contains_key(&webhook.name)).collect();
-        match running[..] {
-            [] => lines.push(Line::stopped(webhook, &stored)),
-            _ => lines.extend(running.iter().map(|daemon| Line::running(webhook, &stored, daemon, now))),
+        let stands_by = |daemon: &&Daemon| daemon.webhooks[&webhook.name].state == State::Standby;
+        let (standbys, tellers): (Vec<&Daemon>, Vec<&Daemon>) = running.into_iter().partition(stands_by);
+        let places = |daemons: &[&Daemon]| daemons.iter().map(|daemon| daemon.place()).collect::<Vec<_>>();
+        let line = |daemon: &Daemon| Line::running(webhook, &stored, daemon, now);
+        match (&tellers[..], &standbys[..]) {
+            ([], []) => lines.push(Line::stopped(webhook, &stored)),
+            ([], [first, others @ ..]) => lines.push(Line { standbys: places(others), ..line(first) }),
+            _ => lines
+                .extend(tellers.iter().map(|teller| Line { standbys: places(&standbys), ..line(teller) })),
         }
     }
     if arguments.name.is_none() {
@@ -218,6 +227,7 @@ impl Line {
             why: None,
             daemon: None,
             said_at: None,
+            standbys: Vec::new(),
             pending: None,
             pending_at_least: false,
             unfinished: 0,
@@ -398,11 +408,18 @@ fn show(lines: &[Line], daemons: &[Daemon], out: &mut Out) -> Result<()> {
         );
         out.line(&text)?;
     }
+    let mut standbys: BTreeMap<String, Vec<&str>> = BTreeMap::new();
+    for line in lines.iter().filter(|line| !line.standbys.is_empty()) {
+        standbys.entry(line.standbys.join(", ")).or_default().push(&line.webhook);
+    }
+    for (places, webhooks) in standbys {
+        out.line(&format!("standing by for `{}`: {places}", webhooks.join("`, `")))?;
+    }
     let twice = run_twice(lines);
     if !twice.is_empty() {
         let twice = twice.join("`, `");
         out.line(&format!(
-            "more than one daemon runs `{twice}`: each tells every change, and one is enough"
+            "more than one daemon tells `{twice}`: with `lease = auto` one does, and another takes over when it dies"
         ))?;
     }
     for line in lines {

@@ -238,6 +238,11 @@ impl Daemon {
         std::fs::read_dir(&self.dir.0).unwrap().map(|entry| entry.unwrap().path()).collect()
     }
 
+    /// Whether it was started and not waited for.
+    pub(crate) fn is_running(&self) -> bool {
+        self.running.is_some()
+    }
+
     /// Its process id.
     pub(crate) fn pid(&self) -> u32 {
         self.running.as_ref().expect("a daemon runs").0.id()
