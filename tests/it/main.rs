@@ -26,6 +26,7 @@ mod host;
 mod http_client;
 mod kills;
 mod leases;
+mod lookout;
 mod notified;
 mod patterns;
 mod receiver;
