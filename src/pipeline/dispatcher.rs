@@ -226,7 +226,7 @@ fn activate(
 /// Says how the webhook starts; `false` when it may not run.
 fn say_start(shared: &Shared, webhook: &config::Webhook, active: &Active) -> bool {
     let name = &webhook.name;
-    let databases = webhook.databases();
+    let databases = webhook.databases().replace(", ", "`, `");
     if let Some(since) = active.record.gone_since {
         tell_gone(shared, webhook, since);
         log::error!(
