@@ -13,6 +13,7 @@ use couch_hookd::sys;
 use crossbeam_channel::bounded;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
+use serde_json::json;
 
 use crate::host::WAIT_MAX;
 use crate::world::{Dir, Ini, assert_no_secret, couch, receiver, rss_kib, write};
@@ -164,6 +165,50 @@ fn a_hundred_thousand_lines_change_neither_stdout_nor_memory_nor_deliveries() {
     assert!(after < before + 4_096, "{before} KiB before, {after} KiB after");
     assert!(before < 65_536, "{before} KiB");
     assert!(!notifier.has_said("cannot be read"), "{:#?}", notifier.said);
+    assert_eq!(notifier.close(), 0);
+}
+
+/// Nothing else leads to these databases: `_db_updates` says nothing, and they are looked at once an hour.
+#[test]
+fn what_couchdb_says_leads_to_databases_of_a_pattern() {
+    let (dir, receiver) = (Dir::new(), receiver());
+    let couch = couch(Flavour::V1, &["tenant-a", "tenant-b/c", "tenant-gone", "other"]);
+    couch.quirks(|quirks| quirks.drop_updates = true);
+    let ini = Ini::new(&couch.url()).hookd("sweep_interval = 1h\nlog_level = debug").webhook(
+        "tenants",
+        &receiver.url(),
+        "db = tenant-*\nsince = now",
+    );
+    std::fs::write(dir.path("hookd.ini"), ini.text()).unwrap();
+    let mut notifier = Notifier::start(&["--config", dir.path("hookd.ini").to_str().unwrap()]);
+    notifier.wait_for("webhook `tenants` starts for the first time: tells changes");
+    let told = |notifier: &mut Notifier, db: &str, rev: &str| {
+        let is_told =
+            |record: &Record| record.accepted_rev(db, "doc").is_some_and(|told| told.starts_with(rev));
+        let told = receiver.wait_until(WAIT_MAX, is_told);
+        assert!(told, "`{db}` {rev}: {:#?}", (notifier.has_said(""), &notifier.said));
+    };
+    // The second round comes when the first walk over all of them is over for sure: it leads to the first.
+    for rev in ["1-", "2-", "3-"] {
+        couch.put("tenant-a", "doc", &json!({})).unwrap();
+        notifier.write(b"{\"type\":\"updated\",\"db\":\"tenant-a\"}\n");
+        told(&mut notifier, "tenant-a", rev);
+    }
+    couch.put("tenant-b/c", "doc", &json!({})).unwrap();
+    notifier.write(b"{\"db\":\"shards/00000000-ffffffff/tenant-b/c.1500000000\",\"type\":\"updated\"}\n");
+    told(&mut notifier, "tenant-b/c", "1-");
+    couch.create_db("tenant-new");
+    couch.put("tenant-new", "doc", &json!({})).unwrap();
+    couch.delete_db("tenant-gone");
+    notifier.write(
+        b"{\"type\":\"deleted\",\"db\":\"tenant-gone\"}\n{\"type\":\"created\",\"db\":\"tenant-new\"}\n",
+    );
+    told(&mut notifier, "tenant-new", "1-");
+    // A line that cannot be read may have been about any of them.
+    couch.put("tenant-b/c", "doc", &json!({})).unwrap();
+    notifier.write(b"{\"type\":\"updated\",\"db\":\n");
+    told(&mut notifier, "tenant-b/c", "2-");
+    assert_eq!(receiver.look(Record::n_accepted), 6);
     assert_eq!(notifier.close(), 0);
 }
 
