@@ -259,7 +259,7 @@ mod tests {
         assert!(n_per_second(&steps, 50) <= 40);
         assert!((secs(248)..secs(252)).contains(&(end - start)), "{:?}", end - start);
         assert_eq!(sweep.worst_delay(end), Some(secs(250)));
-        assert_eq!(sweep.due(end), end, "the interval has passed");
+        assert!(sweep.due(end) <= end, "the interval has passed");
     }
 
     #[test]

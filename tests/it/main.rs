@@ -25,6 +25,7 @@ mod guard;
 mod host;
 mod http_client;
 mod kills;
+mod lookout;
 mod notified;
 mod patterns;
 mod receiver;
