@@ -24,15 +24,16 @@ struct Document {
     databases: BTreeMap<String, Vec<String>>,
 }
 
+/// What is known of databases, by name.
+pub type Entries = Vec<(String, Entry)>;
+/// Revisions to write buckets with.
+pub type Revs = BTreeMap<u8, String>;
+
 /// What is stored, of all buckets, and the revisions to write them with.
 ///
 /// # Errors
 /// As [`Server::request`]; a document that is not ours counts as empty.
-pub fn read_all(
-    server: &Server,
-    state_db: &str,
-    webhook: &str,
-) -> Result<(Vec<(String, Entry)>, BTreeMap<u8, String>)> {
+pub fn read_all(server: &Server, state_db: &str, webhook: &str) -> Result<(Entries, Revs)> {
     let (mut entries, mut revs) = (Vec::new(), BTreeMap::new());
     for bucket in 0..BUCKETS {
         let bucket = u8::try_from(bucket).expect("there are 256");

@@ -364,9 +364,8 @@ impl Reading {
                 false => ControlFlow::Break(()),
             }
         });
-        match is_same.transpose()? {
-            Some(false) => return Ok(Fed::Failed(flow, ReadFault::Changed, None)),
-            Some(true) | None => {}
+        if is_same.transpose()? == Some(false) {
+            return Ok(Fed::Failed(flow, ReadFault::Changed, None));
         }
         if let Err(error) = &result
             && error.kind() == Kind::Timeout

@@ -251,7 +251,7 @@ mod tests {
 
     #[test]
     fn the_first_walk_begins_at_once_and_goes_at_the_rate() {
-        let start = Instant::now();
+        let start = crate::sys::now();
         let mut sweep = Sweep::new(SETTINGS, start);
         assert_eq!((sweep.due(start), sweep.worst_delay(start)), (start, None));
         let (steps, end) = walk(&mut sweep, 10_000, false, start);
@@ -259,12 +259,12 @@ mod tests {
         assert!(n_per_second(&steps, 50) <= 40);
         assert!((secs(248)..secs(252)).contains(&(end - start)), "{:?}", end - start);
         assert_eq!(sweep.worst_delay(end), Some(secs(250)));
-        assert_eq!(sweep.due(end), end, "the interval has passed");
+        assert!(sweep.due(end) <= end, "the interval has passed");
     }
 
     #[test]
     fn few_databases_are_spread_over_the_interval() {
-        let start = Instant::now();
+        let start = crate::sys::now();
         let mut sweep = Sweep::new(SETTINGS, start);
         let (_, end) = walk(&mut sweep, 500, false, start);
         assert!(end - start < secs(13));
@@ -279,7 +279,7 @@ mod tests {
 
     #[test]
     fn one_by_one_it_goes_ten_a_second() {
-        let start = Instant::now();
+        let start = crate::sys::now();
         let mut sweep = Sweep::new(SETTINGS, start);
         let (steps, _) = walk(&mut sweep, 300, true, start);
         assert!(n_per_second(&steps, 1) <= 10);
@@ -290,7 +290,7 @@ mod tests {
 
     #[test]
     fn what_was_late_is_not_made_up_for_faster_than_the_rate() {
-        let start = Instant::now();
+        let start = crate::sys::now();
         let mut sweep = Sweep::new(SETTINGS, start);
         sweep.begin(false, start);
         sweep.on_asked(40, start, start + secs(30));
@@ -301,7 +301,7 @@ mod tests {
 
     #[test]
     fn walks_are_far_apart_only_while_hints_are_heard() {
-        let start = Instant::now();
+        let start = crate::sys::now();
         let mut sweep = Sweep::new(SETTINGS, start);
         let (_, end) = walk(&mut sweep, 100, false, start);
         assert_eq!(sweep.due(end), start + secs(60));
@@ -318,7 +318,7 @@ mod tests {
 
     #[test]
     fn a_change_that_no_hint_named_ends_the_trust_for_an_hour() {
-        let start = Instant::now();
+        let start = crate::sys::now();
         let mut sweep = Sweep::new(SETTINGS, start);
         sweep.on_hint(start);
         sweep.on_missed(start);
@@ -329,7 +329,7 @@ mod tests {
 
     #[test]
     fn lost_hints_hurry_the_walk_and_bring_another() {
-        let start = Instant::now();
+        let start = crate::sys::now();
         let mut sweep = Sweep::new(SETTINGS, start);
         let (_, end) = walk(&mut sweep, 500, false, start);
         let begun = sweep.due(end);
@@ -346,7 +346,7 @@ mod tests {
 
     #[test]
     fn failures_are_tried_again_later_and_later() {
-        let start = Instant::now();
+        let start = crate::sys::now();
         let mut sweep = Sweep::new(SETTINGS, start);
         let mut afters = Vec::new();
         for _ in 0..5 {

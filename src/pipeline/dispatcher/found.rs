@@ -5,6 +5,7 @@
 //! only after that is so. Which is to be read is `pure::roster`'s to decide.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use crossbeam_channel::Receiver;
@@ -102,14 +103,10 @@ impl Dispatcher<'_> {
 
     /// Gives flows to those that wait for one, and has stored what is known of the others.
     pub(super) fn attend(&mut self, now: Instant) {
-        loop {
-            let Some(found) = self.found.as_mut().filter(|found| found.roster.n_active() < ACTIVE_MAX) else {
-                break;
-            };
-            if self.stop.is_some() {
-                return;
-            }
-            let Some((db, mark)) = found.roster.next(now) else { break };
+        if self.stop.is_some() {
+            return;
+        }
+        while let Some((db, mark)) = self.next_found(now) {
             self.activate(&db, mark);
         }
         let Some(found) = self.found.as_mut().filter(|found| now >= found.save_at) else { return };
@@ -117,6 +114,11 @@ impl Dispatcher<'_> {
         while let Some((bucket, entries)) = found.roster.take_changed() {
             self.store.order(Errand::Databases(bucket, entries));
         }
+    }
+
+    fn next_found(&mut self, now: Instant) -> Option<(Arc<str>, Option<Mark>)> {
+        let found = self.found.as_mut()?;
+        if found.roster.n_active() < ACTIVE_MAX { found.roster.next(now) } else { None }
     }
 
     /// The flow of a database that somebody wants to read, or to send letters of; `None` for one that is not ours.
