@@ -26,6 +26,7 @@ pub mod os_daemon;
 pub mod pattern;
 pub mod rate;
 pub mod redact;
+pub mod rendezvous;
 pub mod rep_doc;
 pub mod rep_error;
 pub mod replication;
@@ -36,6 +37,7 @@ mod scan;
 pub mod secret;
 pub mod seq;
 pub mod settled;
+pub mod share;
 pub mod signature;
 #[cfg(test)]
 mod simulation;

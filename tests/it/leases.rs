@@ -85,10 +85,22 @@ impl Several {
         found.unwrap_or_else(|| panic!("nobody but {before:?} holds the lease\n{}", self.transcript()))
     }
 
+    /// Waits until everything is told; while something is, for long.
     fn wait_for_all(&self) {
         let winners = revs(&self.couch, "orders");
-        let told = self.receiver.wait_until(WAIT_MAX, |record| has_all(record, "orders", &winners));
-        assert!(told, "LOST\n{}", self.transcript());
+        let mut n_seen = 0;
+        loop {
+            let mut is_all = false;
+            let moves = self.receiver.wait_until(WAIT_MAX, |record| {
+                is_all = has_all(record, "orders", &winners);
+                is_all || record.deliveries().len() >= n_seen + 200
+            });
+            if is_all {
+                return;
+            }
+            assert!(moves, "LOST\n{}", self.transcript());
+            n_seen = self.receiver.look(|record| record.deliveries().len());
+        }
     }
 
     /// How many requests one has sent.
@@ -121,7 +133,7 @@ fn keep_writing(couch: &StandIn, over: &AtomicBool, pause: Duration) {
         if over.load(Ordering::Relaxed) {
             return;
         }
-        couch.put("orders", &format!("d{}", n % 5_000), &json!({"n": n})).unwrap();
+        couch.put("orders", &format!("d{}", n % 2_000), &json!({"n": n})).unwrap();
         let _ = ticks.recv();
     }
 }
@@ -229,7 +241,7 @@ fn kill_holders(kills: usize, ttl: Duration) -> Vec<TakeOver> {
     let over = AtomicBool::new(false);
     let mut took = Vec::new();
     std::thread::scope(|scope| {
-        scope.spawn(|| keep_writing(&several.couch, &over, Duration::from_millis(10)));
+        scope.spawn(|| keep_writing(&several.couch, &over, Duration::from_millis(20)));
         let _end = End(&over);
         for _ in 0..kills {
             let (holder, _) = several.wait_for_holder(None);
