@@ -224,7 +224,8 @@ fn a_cluster_of_more_than_one_node_is_said() {
         let couch = couch(flavour, &["orders"]);
         couch.quirks(|quirks| quirks.n_other_nodes = 2);
         let receiver = receiver();
-        let host = Host::start(&Ini::new(&couch.url()).webhook("orders", &receiver.url(), "lease = off").text());
+        let host =
+            Host::start(&Ini::new(&couch.url()).webhook("orders", &receiver.url(), "lease = off").text());
         let line = host.wait_for_log("this CouchDB has 3 nodes");
         assert!(line.message.starts_with("warning: ") && line.level == "info", "{line:?}");
     }

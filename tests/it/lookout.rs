@@ -29,8 +29,7 @@ struct World {
 impl World {
     fn new(flavour: Flavour, interval: Duration, rate: u32) -> World {
         let couch = StandIn::start(Options::new(flavour)).unwrap();
-        let hookd =
-            Hookd { sweep_interval: interval, sweep_rate: rate, ..crate::couch::hookd(&couch.url()) };
+        let hookd = Hookd { sweep_interval: interval, sweep_rate: rate, ..crate::couch::hookd(&couch.url()) };
         let server = Server::new(&hookd).unwrap();
         let (hints, outage) = (Arc::<Hints>::default(), Arc::new(Outage::new(couch.url())));
         let lookout = Lookout::new(&server, &hookd, Arc::clone(&hints), outage);
@@ -91,7 +90,8 @@ fn every_wanted_database_is_seen_in_every_walk_and_no_other_is_asked_about() {
         // The one under way may have passed them.
         walk(&sightings);
         let later = walk(&sightings);
-        let changed: Vec<&String> = later.iter().filter(|(db, info)| first.get(*db) != Some(info)).map(|(db, _)| db).collect();
+        let changed: Vec<&String> =
+            later.iter().filter(|(db, info)| first.get(*db) != Some(info)).map(|(db, _)| db).collect();
         assert_eq!(changed, ["tenant-007", "tenant-new"], "{flavour:?}");
         assert!(!later.contains_key("tenant-003"));
         assert_eq!(world.couch.n_requests("GET /other"), 0);
@@ -118,7 +118,8 @@ fn hints_are_passed_on_at_once_whoever_gives_them_and_not_of_others() {
         let heard = (0..100).any(|n| {
             world.couch.put("tenant-2", &format!("d{n}"), &json!({})).unwrap();
             let recent = || sightings.recv_timeout(Duration::from_millis(300)).ok();
-            std::iter::from_fn(recent).any(|sighting| matches!(sighting, Sighting::Hinted(hints) if hints.contains(&wanted)))
+            std::iter::from_fn(recent)
+                .any(|sighting| matches!(sighting, Sighting::Hinted(hints) if hints.contains(&wanted)))
         });
         assert!(heard, "{flavour:?}");
     }
