@@ -113,6 +113,7 @@ fn lease(setup: &Setup, webhook: &Webhook) -> String {
     let rule = match webhook.lease {
         None => return "never: every daemon that has this webhook tells it".to_owned(),
         Some(Mode::On) => "always: whoever holds it tells",
+        Some(Mode::Shared) => return "one for each daemon: they divide the databases".to_owned(),
         Some(Mode::Auto) => {
             "while other daemons with this `state_db` have the webhook: whoever holds it tells"
         }

@@ -4,7 +4,7 @@
 //! every version), that all of a daemon's are written in one request, and that what cannot be read as a lease counts as
 //! one of somebody unknown: it is waited out, never ignored. Who writes what, and when, is `pure::lease`'s to say.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -21,6 +21,7 @@ use crate::couch::refusal::from_json;
 use crate::couch::state_db::found;
 use crate::error::{Context, Error, Kind, Result};
 use crate::pure::lease::{Answer, Doc, Order, Times, Write};
+use crate::pure::share::{Division, Member};
 use crate::sys;
 
 /// In front of the id of every lease.
@@ -47,9 +48,34 @@ struct Stored {
     ttl_ms: u64,
     #[serde(default)]
     released: bool,
+    /// Of a member: for whom it tells nothing any more (`pure::share`).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    knows: Option<BTreeSet<String>>,
+    /// A member that goes leaves nothing: no other will ever have its name.
+    #[serde(rename = "_deleted", default, skip_serializing_if = "is_false")]
+    deleted: bool,
     /// By the holder's clock, for people; nothing is decided by it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     written_at: Option<jiff::Timestamp>,
+}
+
+fn is_false(flag: &bool) -> bool {
+    !flag
+}
+
+/// What the lease of a member of a webhook's daemons is called in the place of the webhook's name; no webhook has a
+/// slash in its own.
+pub fn member_name(webhook: &str, member: &str) -> String {
+    format!("{webhook}/{member}")
+}
+
+/// Members among leases of [`list`], by their ids.
+pub fn members(found: &BTreeMap<String, Found>, webhook: &str) -> BTreeMap<String, Member> {
+    let member = |(name, found): (&String, &Found)| {
+        let id = name.strip_prefix(webhook)?.strip_prefix('/')?;
+        Some((id.to_owned(), Member { doc: found.doc.clone(), knows: found.knows.clone() }))
+    };
+    found.iter().filter_map(member).collect()
 }
 
 /// A lease that was found.
@@ -57,6 +83,8 @@ struct Stored {
 pub struct Found {
     /// For the decision.
     pub doc: Doc,
+    /// Of a member: for whom it tells nothing any more.
+    pub knows: BTreeSet<String>,
     /// Whose it is, for people: `process 4711 on db1`.
     pub place: String,
     /// Whether it is one. What is none is waited out, then overwritten.
@@ -120,17 +148,30 @@ fn parse(json: &[u8]) -> Option<Found> {
                 released: stored.released,
                 ttl: Duration::from_millis(stored.ttl_ms),
             },
+            knows: stored.knows.unwrap_or_default(),
             is_readable: true,
         },
         Err(_) => Found {
             place: "somebody unknown".to_owned(),
             doc: Doc { rev, holder: String::new(), n: 0, released: false, ttl: Duration::ZERO },
+            knows: BTreeSet::new(),
             is_readable: false,
         },
     })
 }
 
-/// Writes leases of ours, each by itself; gives what came of each, in order.
+/// What is to be written of one lease.
+#[derive(Debug, Clone)]
+pub struct Change {
+    /// The webhook's name, or a [`member_name`].
+    pub name: String,
+    /// What, and over what.
+    pub order: Order,
+    /// Of a member: for whom it tells nothing any more. It is deleted instead of released.
+    pub knows: Option<BTreeSet<String>>,
+}
+
+/// Writes leases, each by itself; gives what came of each, in order.
 ///
 /// # Errors
 /// As [`Server::request`]: then it is not known what was written.
@@ -139,7 +180,7 @@ pub fn write(
     state_db: &str,
     us: &Daemon,
     times: Times,
-    orders: &[(&str, Order)],
+    changes: &[Change],
     limits: Limits,
 ) -> Result<Vec<Answer>> {
     #[derive(Deserialize)]
@@ -149,8 +190,8 @@ pub fn write(
         error: Option<String>,
         reason: Option<String>,
     }
-    let docs = orders.iter().map(|(webhook, order)| Stored {
-        id: format!("{PREFIX}{webhook}"),
+    let docs = changes.iter().map(|Change { name, order, knows }| Stored {
+        id: format!("{PREFIX}{name}"),
         rev: order.over.clone(),
         holder: us.id.clone(),
         host: us.host.clone(),
@@ -158,14 +199,16 @@ pub fn write(
         n: order.n,
         ttl_ms: u64::try_from(times.ttl.as_millis()).unwrap_or(u64::MAX),
         released: order.write == Write::Release,
+        knows: knows.clone(),
+        deleted: knows.is_some() && order.write == Write::Release,
         written_at: Some(sys::wall()),
     });
     let body = json!({ "docs": docs.collect::<Vec<_>>() }).to_string();
     let path = db_path(state_db, &["_bulk_docs"]);
     let reply = server.request_within(&Method::POST, &path, Some(&body), &[], limits)?;
     let outcomes: Vec<Outcome> = from_json(&reply.body).context(|| format!("POST {path}"))?;
-    let answer = |webhook: &str| {
-        let id = format!("{PREFIX}{webhook}");
+    let answer = |name: &str| {
+        let id = format!("{PREFIX}{name}");
         match outcomes.iter().find(|outcome| outcome.id == id) {
             Some(Outcome { rev: Some(rev), error: None, .. }) => Ok(Answer::Written(rev.clone())),
             Some(outcome) if outcome.error.as_deref() == Some("conflict") => Ok(Answer::Conflict),
@@ -176,7 +219,7 @@ pub fn write(
             _ => Ok(Answer::Unknown),
         }
     };
-    orders.iter().map(|(webhook, _)| answer(webhook)).collect()
+    changes.iter().map(|change| answer(&change.name)).collect()
 }
 
 /// Stands for "whatever the time is".
@@ -192,25 +235,80 @@ pub struct Hold {
     until: AtomicU64,
     ended: AtomicBool,
     wakes: Mutex<Vec<Sender<()>>>,
+    share: Option<Share>,
+}
+
+/// Which databases of a pattern are ours while a [`Hold`] is: with `lease = shared`, a part of them.
+///
+/// Whoever tells them looks at [`Share::generation`] from time to time. When it is another, it begins nothing for what is not
+/// [`Share::is_mine`] any more, ends what is under way for it (the last delivery answered, the last checkpoint stored), and
+/// then says so with [`Share::on_settled`] and the generation *read before it looked*. Only then do others begin.
+#[derive(Debug, Default)]
+pub struct Share {
+    division: Mutex<Arc<Division>>,
+    generation: AtomicU64,
+    settled: AtomicU64,
+}
+
+impl Share {
+    /// Whether a database is ours to tell.
+    pub fn is_mine(&self, db: &str) -> bool {
+        self.division().is_mine(db)
+    }
+
+    /// What is whose, to ask for many databases at once.
+    pub fn division(&self) -> Arc<Division> {
+        Arc::clone(&locked(&self.division))
+    }
+
+    /// Changes whenever something may be ours that was not, or the other way round; 0 before anything is.
+    pub fn generation(&self) -> u64 {
+        self.generation.load(Ordering::SeqCst)
+    }
+
+    /// Nothing is told any more, or begun, that was not ours at this generation.
+    pub fn on_settled(&self, generation: u64) {
+        self.settled.fetch_max(generation, Ordering::SeqCst);
+    }
+
+    /// Up to which generation that is so.
+    pub fn settled(&self) -> u64 {
+        self.settled.load(Ordering::SeqCst)
+    }
+
+    /// What is whose from now on.
+    pub fn set(&self, division: &Division, generation: u64) {
+        if self.generation() != generation {
+            *locked(&self.division) = Arc::new(division.clone());
+            self.generation.store(generation, Ordering::SeqCst);
+        }
+    }
 }
 
 impl Hold {
     /// One that is valid from when it is set to be.
     pub fn new() -> Arc<Hold> {
-        Hold::with(0)
+        Hold::with(0, None)
+    }
+
+    /// The same of a webhook whose databases are divided.
+    pub fn of_share() -> Arc<Hold> {
+        Hold::with(0, Some(Share::default()))
     }
 
     /// For what needs no lease.
     pub fn unlimited() -> Arc<Hold> {
-        Hold::with(EVER)
+        Hold::with(EVER, None)
     }
 
-    fn with(until: u64) -> Arc<Hold> {
-        Arc::new(Hold {
-            until: AtomicU64::new(until),
-            ended: AtomicBool::new(false),
-            wakes: Mutex::default(),
-        })
+    fn with(until: u64, share: Option<Share>) -> Arc<Hold> {
+        let (until, ended) = (AtomicU64::new(until), AtomicBool::new(false));
+        Arc::new(Hold { until, ended, wakes: Mutex::default(), share })
+    }
+
+    /// Which databases are ours, where not all are.
+    pub fn share(&self) -> Option<&Share> {
+        self.share.as_ref()
     }
 
     /// Whether we may tell now, by this machine's clock.
@@ -340,7 +438,8 @@ mod tests {
         let couch = server.server(None);
         let take = Order { write: Write::Take, over: None, n: 1 };
         let renew = Order { write: Write::Renew, over: Some("8-y".to_owned()), n: 5 };
-        let orders = [("a", take), ("b", renew)];
+        let change = |name: &str, order: Order| Change { name: name.to_owned(), order, knows: None };
+        let orders = [change("a", take), change("b", renew)];
         let answers = write(&couch, "state", &us, Times::of(TTL), &orders, Limits::default()).unwrap();
         assert_eq!(answers, [Answer::Written("2-x".to_owned()), Answer::Conflict]);
         let body: serde_json::Value = serde_json::from_str(&server.seen()[0].body).unwrap();

@@ -20,12 +20,13 @@ use crossbeam_channel::{Receiver, Sender, bounded, never, select};
 
 use crate::couch::alive::{self, Daemon};
 use crate::couch::client::Limits;
-use crate::couch::leases::{self, Found, Hold};
+use crate::couch::leases::{self, Change, Found, Hold};
 use crate::error::{Error, Kind, Result};
 use crate::pipeline::Shared;
 use crate::pipeline::complaints::{Complaint, Outage};
 use crate::pipeline::desk::Nudge;
-use crate::pure::lease::{Answer, Lease, Mode, Order, Other, State, Times};
+use crate::pure::lease::{Answer, Lease, Mode, Order, Other, State, Times, Write};
+use crate::pure::share::Members;
 use crate::pure::snapshot::{self, Statuses, WebhookStatus};
 use crate::sys::{self, Thread};
 
@@ -73,11 +74,15 @@ impl Leases {
     ///
     /// # Errors
     /// `Io` when no thread can be started.
-    pub(crate) fn start(shared: &Shared, mut nudges: Receiver<Nudge>) -> Result<Leases> {
+    pub(crate) fn start(shared: &Shared, nudges: Receiver<Nudge>) -> Result<Leases> {
+        Leases::start_with(shared, nudges, times())
+    }
+
+    fn start_with(shared: &Shared, mut nudges: Receiver<Nudge>, times: Times) -> Result<Leases> {
         let (to, said) = bounded(ORDERS_MAX);
         let (end, ended) = bounded(1);
         let holds = Holds::default();
-        let keeper = Keeper::new(shared, times(), Arc::clone(&holds));
+        let keeper = Keeper::new(shared, times, Arc::clone(&holds));
         let thread = sys::spawn("leases", move || {
             keeper.run(&said, &mut nudges);
             // Nobody waits unless the process is about to end.
@@ -116,6 +121,10 @@ fn times() -> Times {
 /// One webhook.
 struct Entry {
     lease: Lease,
+    /// What its document is called behind [`leases::PREFIX`].
+    lease_name: String,
+    /// `lease = shared`: who has which part.
+    shared: Option<Sharing>,
     /// When it was seen to be somebody else's.
     standby_since: jiff::Timestamp,
     /// What is handed out, and for which tenure.
@@ -127,6 +136,16 @@ struct Entry {
     said: Option<State>,
     has_lapsed: bool,
     said_unreadable: bool,
+}
+
+/// Our part in a webhook that several daemons divide.
+struct Sharing {
+    /// Names this membership: no other ever has the same.
+    id: String,
+    /// While our lease is held, and was looked at after it was written.
+    members: Option<Members>,
+    /// What our lease says.
+    knows: BTreeSet<String>,
 }
 
 /// The thread's own state.
@@ -151,6 +170,7 @@ struct Keeper {
     looked_at: Duration,
     /// After something failed nothing is asked before.
     rest_until: Duration,
+    n_joined: u64,
     complaint: Complaint,
     end_at: Option<Instant>,
 }
@@ -175,6 +195,7 @@ impl Keeper {
             look_at: Duration::ZERO,
             looked_at: Duration::ZERO,
             rest_until: Duration::ZERO,
+            n_joined: 0,
             complaint: Complaint::default(),
             end_at: None,
         }
@@ -260,14 +281,36 @@ impl Keeper {
             match mode {
                 None => drop(self.free.entry(name).or_insert_with(Hold::unlimited)),
                 Some(mode) => {
-                    let new = || Entry::new(Lease::new(&self.us.id, mode, self.times));
-                    let entry = self.entries.entry(name).or_insert_with(new);
+                    // Divided it has another lease; the daemon has ended what it told with the one before.
+                    let is_other = |entry: &Entry| entry.shared.is_some() != (mode == Mode::Shared);
+                    if self.entries.get(&name).is_none_or(is_other) {
+                        self.begin(&name, mode);
+                    }
+                    let entry = self.entries.get_mut(&name).expect("it is there");
                     entry.lease.want(mode);
                     entry.wanted = true;
                 }
             }
         }
         self.publish();
+    }
+
+    /// A webhook of which nothing is known; what was known of it ends.
+    fn begin(&mut self, webhook: &str, mode: Mode) {
+        let lease = Lease::new(&self.us.id, mode, self.times);
+        let entry = match mode {
+            Mode::Auto | Mode::On => Entry::new(lease, webhook.to_owned(), None),
+            Mode::Shared => {
+                self.n_joined += 1;
+                let id = format!("{}.{}", self.us.id, self.n_joined);
+                let lease_name = leases::member_name(webhook, &id);
+                Entry::new(lease, lease_name, Some(Sharing { id, members: None, knows: BTreeSet::new() }))
+            }
+        };
+        let before = self.entries.insert(webhook.to_owned(), entry);
+        if let Some((_, hold)) = before.and_then(|before| before.hold) {
+            hold.end();
+        }
     }
 
     /// Says that this process runs; when it did not for long, whoever was alone has to look again.
@@ -287,6 +330,7 @@ impl Keeper {
         if sys::since_boot() < self.rest_until {
             return;
         }
+        self.settle();
         // What was seen changes what is to be announced, and that has to be looked at once more.
         for _ in 0..STEPS_MAX {
             let done = self.announce().and_then(|()| self.look()).and_then(|()| self.write());
@@ -300,6 +344,19 @@ impl Keeper {
             self.complaint = Complaint::default();
             if self.end_at.is_some() || (!self.must_look() && self.leased() == self.us.leased) {
                 return;
+            }
+        }
+    }
+
+    /// Of webhooks that are divided: takes note of what was let go, so that others hear of it.
+    fn settle(&mut self) {
+        for entry in self.entries.values_mut() {
+            let (Some(sharing), Some((_, hold))) = (&mut entry.shared, &entry.hold) else { continue };
+            if let (Some(members), Some(share)) = (&mut sharing.members, hold.share()) {
+                members.on_settled(share.settled());
+                if *members.knows() != sharing.knows {
+                    entry.lease.hurry();
+                }
             }
         }
     }
@@ -318,6 +375,9 @@ impl Keeper {
     fn complain(&mut self, error: &Error) {
         if Outage::concerns(error) {
             self.shared.outage.say(error);
+        } else if matches!(error.kind(), Kind::Timeout | Kind::Cut) {
+            // A server that is busy. What comes of it for a webhook is said of the webhook.
+            log::debug!("`{}`: {error}; trying again", self.shared.state_db);
         } else if error.kind() != Kind::Stopped && self.complaint.is_news(error.kind(), sys::now()) {
             let state_db = &self.shared.state_db;
             log::error!(
@@ -404,13 +464,13 @@ impl Keeper {
         // First the leases, then who is there: whoever gives one back says before that it tells without.
         let Shared { server, state_db, .. } = &self.shared;
         let mut found = leases::list(server, state_db, self.limits)?;
-        for (name, entry) in &self.entries {
-            let ours = found.get(name).is_some_and(|found| found.doc.holder == self.us.id);
-            if entry.lease.state() == State::Held && !ours {
+        for Entry { lease, lease_name, .. } in self.entries.values() {
+            let ours = found.get(lease_name).is_some_and(|found| found.doc.holder == self.us.id);
+            if lease.state() == State::Held && !ours {
                 // A list may come from one copy that lags behind.
-                match leases::read(server, state_db, name, self.limits)? {
-                    Some(lease) => drop(found.insert(name.clone(), lease)),
-                    None => drop(found.remove(name)),
+                match leases::read(server, state_db, lease_name, self.limits)? {
+                    Some(lease) => drop(found.insert(lease_name.clone(), lease)),
+                    None => drop(found.remove(lease_name)),
                 }
             }
         }
@@ -431,49 +491,78 @@ impl Keeper {
 
     /// `None`: the leases are as they were.
     fn see(&mut self, found: Option<&BTreeMap<String, Found>>, others: &[Daemon]) {
-        let now = sys::since_boot();
+        let (now, times) = (sys::since_boot(), self.times);
         for (name, entry) in &mut self.entries {
             let before = entry.lease.doc().cloned();
             let doc = match found {
                 Some(found) => {
-                    let lease = found.get(name);
+                    let lease = found.get(&entry.lease_name);
                     entry.note(name, lease, &self.shared.state_db);
                     lease.map(|lease| &lease.doc)
                 }
                 None => before.as_ref(),
             };
+            let was_held = entry.lease.state() == State::Held;
             entry.lease.on_look(doc, &of(others, name), now, sys::jitter());
+            let is_held = was_held && entry.lease.state() == State::Held;
+            if let (Some(sharing), Some(found), true) = (&mut entry.shared, found, is_held) {
+                let new = || Members::new(&sharing.id, times, sys::jitter());
+                sharing.members.get_or_insert_with(new).on_look(leases::members(found, name), now);
+            }
             if entry.lease.waits_for_others(now) {
                 self.look_at = self.look_at.min(now + self.times.again);
             }
         }
         self.publish();
+        self.join_again();
+    }
+
+    /// Whoever was taken out, or let go, comes back as somebody else.
+    fn join_again(&mut self) {
+        let is_out = |entry: &Entry| {
+            let is_member = entry.shared.as_ref().is_some_and(|sharing| sharing.members.is_some());
+            is_member && entry.lease.state() != State::Held && entry.wanted
+        };
+        let out = self.entries.iter().filter(|(_, entry)| is_out(entry));
+        let out: Vec<String> = out.map(|(name, _)| name.clone()).collect();
+        out.iter().for_each(|name| self.begin(name, Mode::Shared));
     }
 
     /// Takes, renews and gives back what is due, all in one request.
     fn write(&mut self) -> Result<()> {
         let now = sys::since_boot();
-        let due =
-            self.entries.iter().filter_map(|(name, entry)| Some((name.clone(), entry.lease.write(now)?)));
-        let due: Vec<(String, Order)> = due.collect();
-        if due.is_empty() {
+        let mut due: Vec<String> = Vec::new();
+        let (mut changes, mut expels) = (Vec::new(), Vec::new());
+        for (name, entry) in &mut self.entries {
+            if let Some(order) = entry.lease.write(now) {
+                entry.lease.on_sending(&order, now);
+                due.push(name.clone());
+                changes.push(entry.change(order));
+            }
+            expels.extend(entry.expels(name, now));
+        }
+        changes.extend(expels);
+        if changes.is_empty() {
             return Ok(());
         }
-        for (name, order) in &due {
-            self.entries.get_mut(name).expect("it was just seen").lease.on_sending(order, now);
-        }
         let Shared { server, state_db, .. } = &self.shared;
-        let orders: Vec<(&str, Order)> =
-            due.iter().map(|(name, order)| (name.as_str(), order.clone())).collect();
         let limits = if self.end_at.is_some() { self.last_limits() } else { self.limits };
-        let answers = leases::write(server, state_db, &self.us, self.times, &orders, limits);
+        let answers = leases::write(server, state_db, &self.us, self.times, &changes, limits);
         let now = sys::since_boot();
         let (answers, result) = match answers {
             Ok(answers) => (answers, Ok(())),
             Err(error) => (vec![Answer::Unknown; due.len()], Err(error)),
         };
-        for ((name, _), answer) in due.iter().zip(answers) {
-            self.entries.get_mut(name).expect("it was just seen").lease.on_answer(answer, now);
+        // Whether others were taken out the next look tells.
+        for ((name, change), answer) in due.iter().zip(changes).zip(answers) {
+            let entry = self.entries.get_mut(name).expect("it was just seen");
+            if let (Some(sharing), Answer::Written(_)) = (&mut entry.shared, &answer) {
+                sharing.knows = change.knows.unwrap_or_default();
+                if sharing.members.is_none() {
+                    self.look_at = now;
+                }
+            }
+            entry.lease.on_answer(answer, now);
         }
         self.beat();
         result
@@ -501,8 +590,13 @@ impl Keeper {
                 hold.end();
             }
             if let Some(telling) = telling {
-                let (_, hold) = entry.hold.get_or_insert_with(|| (telling.tenure, Hold::new()));
+                let new = if entry.shared.is_some() { Hold::of_share } else { Hold::new };
+                let (_, hold) = entry.hold.get_or_insert_with(|| (telling.tenure, new()));
                 hold.set_until(telling.until.unwrap_or(self.alone_until));
+                let members = entry.shared.as_ref().and_then(|sharing| sharing.members.as_ref());
+                if let (Some(members), Some(share)) = (members, hold.share()) {
+                    share.set(members.division(), members.generation());
+                }
             }
             if let (Some((_, hold)), true) = (&entry.hold, entry.wanted) {
                 holds.insert(name.clone(), Arc::clone(hold));
@@ -593,9 +687,11 @@ impl Keeper {
 }
 
 impl Entry {
-    fn new(lease: Lease) -> Entry {
+    fn new(lease: Lease, lease_name: String, shared: Option<Sharing>) -> Entry {
         Entry {
             lease,
+            lease_name,
+            shared,
             standby_since: sys::wall(),
             hold: None,
             wanted: true,
@@ -604,6 +700,25 @@ impl Entry {
             has_lapsed: false,
             said_unreadable: false,
         }
+    }
+
+    /// An order with what our lease says beside.
+    fn change(&self, order: Order) -> Change {
+        let knows = self.shared.as_ref().map(|sharing| {
+            sharing.members.as_ref().map(|members| members.knows().clone()).unwrap_or_default()
+        });
+        Change { name: self.lease_name.clone(), order, knows }
+    }
+
+    /// Other members that have not renewed their leases for too long are taken out.
+    fn expels(&self, webhook: &str, now: Duration) -> Vec<Change> {
+        let members = self.shared.as_ref().and_then(|sharing| sharing.members.as_ref());
+        let dead = members.map(|members| members.to_expel(now)).unwrap_or_default();
+        let expel = |(id, rev): (String, String)| {
+            let order = Order { write: Write::Release, over: Some(rev), n: 0 };
+            Change { name: leases::member_name(webhook, &id), order, knows: Some(BTreeSet::new()) }
+        };
+        dead.into_iter().map(expel).collect()
     }
 
     /// Whether somebody has what was handed out.
@@ -638,3 +753,6 @@ fn of(others: &[Daemon], webhook: &str) -> Vec<Other> {
 fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
+
+#[cfg(test)]
+mod tests;

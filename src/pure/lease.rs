@@ -64,6 +64,8 @@ pub enum Mode {
     Auto,
     /// Always.
     On,
+    /// Always, and each daemon has one of its own: they divide what is told (`pure::share`).
+    Shared,
 }
 
 /// A lease as CouchDB shows it.
@@ -288,6 +290,11 @@ impl Lease {
         self.letting_go = true;
     }
 
+    /// What the lease says beside is another: it is renewed now.
+    pub fn hurry(&mut self) {
+        self.renew_at = Duration::ZERO;
+    }
+
     /// It does, with this mode.
     pub fn want(&mut self, mode: Mode) {
         (self.letting_go, self.mode) = (false, mode);
@@ -333,7 +340,7 @@ impl Lease {
     /// What our announcement has to say: whether we tell with a lease alone.
     pub fn is_leased(&self) -> bool {
         match self.state {
-            State::Unknown => self.mode == Mode::On,
+            State::Unknown => self.mode != Mode::Auto,
             State::Alone => false,
             State::Standby | State::Held => !self.leaving,
         }
@@ -403,7 +410,7 @@ impl Lease {
 
     fn begin(&mut self, now: Duration) {
         let Some(announced) = self.announced else { return };
-        if !announced && self.others.is_empty() && self.is_free(now) {
+        if self.mode == Mode::Auto && !announced && self.others.is_empty() && self.is_free(now) {
             self.state = State::Alone;
             self.tenure += 1;
         } else {

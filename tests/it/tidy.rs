@@ -44,6 +44,7 @@ const IMPORTS: &[(&str, &[&str])] = &[
 
 /// Files that are tests as a whole, of modules behind `#[cfg(test)]`.
 const TESTS: &[&str] = &[
+    "src/daemon/leases/tests.rs",
     "src/pure/simulation.rs",
     "src/pure/dispatch/tests.rs",
     "src/pure/endpoint/tests.rs",
