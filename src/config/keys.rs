@@ -86,9 +86,6 @@ pub struct Key {
 /// Words of `watch` that a later version takes.
 pub const WATCH_LATER: [&str; 1] = ["databases"];
 
-/// Words of `lease` that a later version takes.
-pub const LEASE_LATER: [&str; 1] = ["shared"];
-
 /// Keys that a later version takes.
 pub const LATER: [(Section, &str); 3] =
     [(Section::Hookd, "status_listen"), (Section::Webhook, "batch_max"), (Section::Webhook, "batch_wait")];
@@ -391,9 +388,10 @@ pub const KEYS: &[Key] = &[
     webhook("paused", Kind::Flag, "false", "Stops the webhook; its place is kept."),
     webhook(
         "lease",
-        Kind::Word(&["auto", "on", "off"]),
+        Kind::Word(&["auto", "on", "off", "shared"]),
         "auto",
-        "Several daemons on one `state_db`: who holds the lease tells. `auto`: while others are there; `off`: every daemon tells.",
+        "Several daemons on one `state_db`: who holds the lease tells. `auto`: while others are there; `off`: every daemon tells; \
+         `shared`: each tells its part of the databases found by pattern.",
     ),
     optional(webhook(
         "endpoint_guard",

@@ -99,15 +99,17 @@ pub(crate) fn parse(
         rate_limit: reader.with_default("rate_limit", values::rate_limit),
         batching: batching(&mut reader, format),
         paused: reader.flag("paused"),
-        lease: match reader.word("lease", &keys::LEASE_LATER) {
+        lease: match reader.word("lease", &[]) {
             "off" => None,
             "on" => Some(Mode::On),
+            "shared" => Some(Mode::Shared),
             _ => Some(Mode::Auto),
         },
         guard: guard(&mut reader, hookd),
         ca_file: reader.path("ca_file"),
         fingerprint: fingerprint(endpoint, section),
     };
+    check_shared(&mut reader, &webhook);
     check_conflicts(&mut reader, &webhook);
     found.extend(reader.into_findings());
     let fine = !found.iter().any(Finding::is_error);
@@ -204,6 +206,24 @@ pub(crate) const OF_CHANGES: [&str; 9] = [
 ];
 
 /// What is said of conflicts needs `conflicts = true`, and bodies a format that holds them.
+/// What is divided is found by pattern: a database that is named has a feed of its own, which nobody hands over.
+fn check_shared(reader: &mut Reader<'_>, webhook: &Webhook) {
+    if webhook.lease != Some(Mode::Shared) {
+        return;
+    }
+    let found = match (&webhook.patterns, webhook.db.first()) {
+        (Some(_), None) => return,
+        (None, _) => {
+            "`shared` divides databases that are found by pattern, and this webhook has none; choose `auto`"
+                .to_owned()
+        }
+        (Some(_), Some(named)) => format!(
+            "`shared` divides databases that are found by pattern, and `{named}` is named; give it a webhook of its own"
+        ),
+    };
+    reader.error("lease", found);
+}
+
 fn check_conflicts(reader: &mut Reader<'_>, webhook: &Webhook) {
     if webhook.watch != Watch::Changes {
         return;

@@ -68,6 +68,25 @@ pub fn write(
     }
 }
 
+/// Stores one bucket that others write, too: what it holds of databases that this one `keeps` stays.
+///
+/// # Errors
+/// As [`Server::request`].
+pub fn merge(
+    server: &Server,
+    state_db: &str,
+    webhook: &str,
+    bucket: u8,
+    entries: &[(String, Entry)],
+    keeps: impl Fn(&str) -> bool,
+) -> Result<String> {
+    let stored = read(server, state_db, webhook, bucket)?;
+    let (rev, theirs) = stored.map_or_else(Default::default, |stored| (stored.rev, stored.databases));
+    let theirs = theirs.into_iter().filter(|(db, _)| keeps(db)).map(|(db, texts)| (db, entry(&texts)));
+    let all: Entries = theirs.chain(entries.iter().cloned()).collect();
+    write(server, state_db, webhook, bucket, &all, rev.as_deref())
+}
+
 fn put(server: &Server, state_db: &str, webhook: &str, bucket: u8, document: &Document) -> Result<String> {
     let path = path(state_db, webhook, bucket);
     let body = serde_json::to_string(document).expect("texts are always JSON");

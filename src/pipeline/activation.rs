@@ -14,7 +14,7 @@ use crate::couch::local_docs;
 use crate::couch::requests::{self, Command, Progress, Request};
 use crate::couch::roster_docs;
 use crate::couch::state_db::{self, DeadLetterClass, WebhookRecord};
-use crate::error::{Context, Kind, Result};
+use crate::error::{Context, Error, Kind, Result};
 use crate::pipeline::Shared;
 use crate::pipeline::starting_points;
 use crate::pipeline::store::change_record;
@@ -24,6 +24,9 @@ use crate::pure::message::{Watch, WebhookId};
 use crate::pure::roster::Entry;
 use crate::replication;
 use crate::sys;
+
+/// Whose this is takes the starting points of a webhook that several daemons share; no database has this name.
+const STARTING_POINTS: &str = "/starting points";
 
 /// What a webhook starts with.
 #[derive(Debug)]
@@ -65,13 +68,19 @@ pub fn activate(shared: &Shared, webhook: &config::Webhook, is_wanted: &dyn Fn()
     let Shared { server, state_db, .. } = shared;
     let stored = state_db::read_record(server, state_db, &webhook.name)?;
     let first = stored.as_ref().is_none_or(|record| record.activated_at.is_none());
-    let databases = if first { first_start(shared, webhook)? } else { BTreeMap::new() };
     let patterns = webhook.patterns.as_ref().map(ToString::to_string);
+    let is_taken = stored.as_ref().is_some_and(|record| record.patterns == patterns);
+    // Of those that share it one takes the starting points, and the others wait: after the first has begun, a database
+    // that is there without a checkpoint is a new one.
+    let is_ours = shared.hold.share().is_none_or(|share| share.is_mine(STARTING_POINTS));
+    if (first || !is_taken) && !is_ours {
+        return Err(Error::new(Kind::Stopped, "another daemon gives the databases their starting points"));
+    }
+    let databases = if first { first_start(shared, webhook)? } else { BTreeMap::new() };
     let (mut found, mut bucket_revs) = (Vec::new(), BTreeMap::new());
     if let Some(pattern) = &webhook.patterns {
         (found, bucket_revs) = roster_docs::read_all(server, state_db, &webhook.name)
             .context(|| "failed to read what is known of databases".to_owned())?;
-        let is_taken = stored.as_ref().is_some_and(|record| record.patterns == patterns);
         if !is_taken && webhook.since == Since::Now {
             starting_points::take(shared, webhook, pattern, &mut found, is_wanted)?;
             starting_points::store(shared, webhook, &found, &mut bucket_revs)?;

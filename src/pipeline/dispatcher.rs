@@ -13,7 +13,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-use crossbeam_channel::{Receiver, Sender, bounded, never, select_biased};
+use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, bounded, never, select_biased};
 use serde_json::value::RawValue;
 
 use crate::config;
@@ -59,6 +59,8 @@ const ACTIVATE_AGAIN: [Duration; 4] =
     [Duration::from_millis(100), Duration::from_millis(500), Duration::from_secs(2), Duration::from_secs(5)];
 /// Orders on their way: a webhook takes them at once, and reads requests that found no room when it starts again.
 const ORDERS_MAX: usize = 16;
+/// With `lease = shared`: how often others hear that we tell nothing, while we do not run.
+const SETTLE_EVERY: Duration = Duration::from_millis(500);
 /// Failures remembered for dead letters; more than can be unfinished are forgotten all at once.
 const FAILURES_MAX: usize = 2 * endpoint::WINDOW_EVENTS;
 
@@ -174,8 +176,24 @@ fn run(shared: &Shared, webhook: &config::Webhook, confirmed: bool, orders: &Rec
         }
     }
     // Held back: nothing to do until the configuration changes, or we are stopped.
-    while !matches!(orders.recv(), Ok(Order::Stop { .. }) | Err(_)) {}
-    Vec::new()
+    loop {
+        settle(shared);
+        let order = match shared.hold.share() {
+            Some(_) => orders.recv_timeout(SETTLE_EVERY),
+            None => orders.recv().map_err(|_| RecvTimeoutError::Disconnected),
+        };
+        match order {
+            Ok(Order::Stop { .. }) | Err(RecvTimeoutError::Disconnected) => return Vec::new(),
+            Ok(_) | Err(RecvTimeoutError::Timeout) => {}
+        }
+    }
+}
+
+/// Of databases that daemons divide nothing is told yet: others need not wait for us.
+fn settle(shared: &Shared) {
+    if let Some(share) = shared.hold.share() {
+        share.on_settled(share.generation());
+    }
 }
 
 /// Activates the webhook, as soon as CouchDB lets us; `None` when stopped before.
@@ -188,6 +206,7 @@ fn activate(
     let mut complaint = Complaint::default();
     let mut tries = 0;
     loop {
+        settle(shared);
         let is_wanted = || !orders.is_empty();
         let activate = || activation::activate(shared, webhook, &is_wanted);
         let active = match confirmed {
@@ -209,6 +228,7 @@ fn activate(
             }
         };
         let order = match pause {
+            Some(pause) if shared.hold.share().is_some() => orders.recv_timeout(pause.min(SETTLE_EVERY)).ok(),
             Some(pause) => orders.recv_timeout(pause).ok(),
             None => orders.recv().ok(),
         };

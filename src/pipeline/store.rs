@@ -13,6 +13,7 @@ use serde_json::{Map, Value};
 use crate::config;
 use crate::couch::client::{Server, db_path, encoded};
 use crate::couch::conflicts::{self, Conflicted};
+use crate::couch::leases::Share;
 use crate::couch::letters::{self, Filter, Stored};
 use crate::couch::requests::{self, Progress};
 use crate::couch::roster_docs;
@@ -283,7 +284,14 @@ impl State {
     fn keep_databases(&mut self, bucket: u8, entries: &[(String, Entry)]) -> Option<Errant> {
         let Shared { server, state_db, .. } = &self.shared;
         let rev = self.bucket_revs.get(&bucket).map(String::as_str);
-        match roster_docs::write(server, state_db, &self.webhook.name, bucket, entries, rev) {
+        let division = self.shared.hold.share().map(Share::division);
+        let keeps = |db: &str| division.as_ref().is_some_and(|division| !division.is_mine(db));
+        let written = match division {
+            // What others know of theirs stays.
+            Some(_) => roster_docs::merge(server, state_db, &self.webhook.name, bucket, entries, keeps),
+            None => roster_docs::write(server, state_db, &self.webhook.name, bucket, entries, rev),
+        };
+        match written {
             Ok(rev) => {
                 self.bucket_revs.insert(bucket, rev);
                 None

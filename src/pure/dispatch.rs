@@ -277,6 +277,17 @@ impl Dispatch {
         self.vacant.push(flow);
     }
 
+    /// Lets a database go to somebody else; [`Action::LetGo`] says when nothing of it is under way any more. Letters of it
+    /// that we would send again by ourselves are left to whoever starts with it next.
+    pub fn leave(&mut self, flow: FlowIndex) {
+        self.flows[flow].leave();
+        let stays = |suspect: &Suspect| {
+            suspect.flow != flow || suspect.asked.is_some() || matches!(suspect.state, Replay::Sent(_))
+        };
+        self.suspects.retain(stays);
+        self.count_suspects();
+    }
+
     /// There may be something new in a database.
     pub fn stir(&mut self, flow: FlowIndex) {
         self.flows[flow].stir();

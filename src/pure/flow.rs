@@ -182,6 +182,8 @@ pub struct Flow {
     stirred: bool,
     /// Stands for no database.
     vacant: bool,
+    /// Reads nothing more, and tells only what is in flight: somebody else tells the database from now on.
+    leaving: bool,
     first_page: bool,
     doc_count: u64,
     failures: u32,
@@ -212,6 +214,7 @@ impl Flow {
             rests: false,
             stirred: false,
             vacant: false,
+            leaving: false,
             first_page: true,
             doc_count: 0,
             failures: 0,
@@ -255,7 +258,7 @@ impl Flow {
     /// rests again.
     pub fn stir(&mut self) {
         self.stirred = true;
-        if self.next == Next::Rest {
+        if self.next == Next::Rest && !self.leaving {
             self.next = Next::Page;
         }
     }
@@ -266,9 +269,23 @@ impl Flow {
         self.next == Next::Rest && self.reading == Reading::Idle && self.is_done()
     }
 
+    /// Lets the database go to somebody else: what waits is forgotten, what is in flight is the last that is told, and
+    /// once that is stored it is at rest. The position stays in front of what was forgotten.
+    pub fn leave(&mut self) {
+        self.leaving = true;
+        self.lanes.forget_waiting();
+        self.next = Next::Rest;
+        if let Reading::Parked(_) = self.reading {
+            self.reading = Reading::Idle;
+        }
+    }
+
     /// Whether everything that was read is told and stored, so that after a fault it may be let go and opened later.
     pub fn is_done(&self) -> bool {
-        self.lanes.is_empty() && self.is_stored()
+        // Who leaves has nothing to store where nothing was told.
+        let is_stored =
+            self.is_stored() || (self.leaving && !self.clock.writing && self.clock.deadline().is_none());
+        self.lanes.is_empty() && is_stored
     }
 
     /// Whether nothing that was read waits to be told, and no checkpoint is being stored: for a database that is gone,
@@ -429,11 +446,14 @@ impl Flow {
         self.doc_count = opened.doc_count;
         self.first_page = true;
         self.reading = Reading::Idle;
-        self.next = Next::Page;
+        self.next = if self.leaving { Next::Rest } else { Next::Page };
     }
 
     /// Rows arrived, in the feed's order.
     pub fn on_rows(&mut self, rows: Vec<Arrived>, now: Instant) {
+        if self.leaving {
+            return;
+        }
         if let Reading::Page { n_rows, .. } = &mut self.reading {
             *n_rows += rows.len();
         }
@@ -492,6 +512,10 @@ impl Flow {
 
     /// The request ended as it should, or because we closed it (`closed`). `last_seq` is what CouchDB gave.
     pub fn on_end(&mut self, last_seq: Option<Seq>, pending: Option<u64>, closed: bool, now: Instant) {
+        if self.leaving {
+            (self.reading, self.next) = (Reading::Idle, Next::Rest);
+            return;
+        }
         let to_the_end = match self.reading {
             Reading::Page { limit, n_rows } => {
                 self.note_rewind(pending, n_rows);
@@ -531,6 +555,10 @@ impl Flow {
 
     /// Opening or reading failed. Whatever follows begins at the stored checkpoint.
     pub fn on_read_failed(&mut self, fault: ReadFault, now: Instant) {
+        if self.leaving {
+            (self.reading, self.next) = (Reading::Idle, Next::Rest);
+            return;
+        }
         self.next = Next::Open;
         if fault == ReadFault::Changed && self.failures == 0 {
             // At once, but not again and again: 1.x gives an idle database another life whenever it opens its file.
@@ -650,6 +678,12 @@ impl Flow {
     }
 
     fn go_on(&mut self, token: u64, at: Option<Instant>, now: Instant) {
+        if self.leaving {
+            // Unfinished: whoever has the database now reads it again.
+            self.lanes.finish(token);
+            self.settle(now);
+            return;
+        }
         if let Some(replaced) = self.lanes.put_back(token, at) {
             self.watermark.finish(replaced);
             self.settle(now);

@@ -53,6 +53,8 @@ enum State {
     Waiting,
     Active(FlowIndex),
     Failed(Instant),
+    /// Another daemon tells it; only its name is known.
+    Theirs,
 }
 
 #[derive(Debug)]
@@ -64,6 +66,8 @@ struct Known {
     failures: u8,
     /// A hint has named it since it last rested.
     hinted: bool,
+    /// Its flow is to be let go: it is somebody else's now.
+    leaving: bool,
     /// The last sweep that saw it.
     seen_in: u32,
 }
@@ -75,6 +79,7 @@ pub struct Roster {
     waiting: VecDeque<Arc<str>>,
     failed: BTreeSet<(Instant, Arc<str>)>,
     n_active: usize,
+    n_leaving: usize,
     /// Counts sweeps.
     sweep: u32,
     /// Whether the one under way began after we did.
@@ -132,7 +137,7 @@ impl Roster {
     pub fn flow(&self, db: &str) -> Option<FlowIndex> {
         match self.databases.get(db)?.state {
             State::Active(flow) => Some(flow),
-            State::Idle | State::Waiting | State::Failed(_) => None,
+            State::Idle | State::Waiting | State::Failed(_) | State::Theirs => None,
         }
     }
 
@@ -180,13 +185,71 @@ impl Roster {
         };
         match known.state {
             State::Active(flow) => Some(flow),
-            State::Idle => {
+            State::Idle | State::Theirs => {
                 known.state = State::Waiting;
                 self.waiting.push_back(db.into());
                 None
             }
             // What it is waiting for comes after this.
             State::Waiting | State::Failed(_) => None,
+        }
+    }
+
+    /// A database of the pattern that another daemon tells was seen, or hinted at.
+    pub fn on_theirs(&mut self, db: &str) {
+        let sweep = self.sweep;
+        match self.databases.get_mut(db) {
+            Some(known) => known.seen_in = sweep,
+            None => {
+                drop(self.databases.insert(db.into(), Known::new(Entry::default(), State::Theirs, sweep)))
+            }
+        }
+    }
+
+    /// The databases are divided anew. Gives flows to leave; what was another daemon's and is ours now waits to be read.
+    pub fn divide(&mut self, is_mine: impl Fn(&str) -> bool) -> Vec<FlowIndex> {
+        let mut flows = Vec::new();
+        for (name, known) in &mut self.databases {
+            match (known.state, is_mine(name)) {
+                (State::Theirs, true) => {
+                    known.state = State::Waiting;
+                    self.waiting.push_back(Arc::clone(name));
+                }
+                (State::Idle | State::Waiting | State::Failed(_), false) => {
+                    if let State::Failed(until) = known.state {
+                        self.failed.remove(&(until, Arc::clone(name)));
+                    }
+                    *known = Known::new(Entry::default(), State::Theirs, known.seen_in);
+                }
+                (State::Active(flow), false) if !known.leaving => {
+                    known.leaving = true;
+                    self.n_leaving += 1;
+                    flows.push(flow);
+                }
+                (State::Theirs | State::Active(_), false)
+                | (State::Idle | State::Waiting | State::Failed(_) | State::Active(_), true) => {}
+            }
+        }
+        self.waiting.retain(|name| is_mine(name));
+        flows
+    }
+
+    /// Whether nothing is under way any more of what was found not to be ours.
+    pub fn is_settled(&self) -> bool {
+        self.n_leaving == 0
+    }
+
+    /// Whether a database is being let go to somebody else.
+    pub fn is_leaving(&self, db: &str) -> bool {
+        self.databases.get(db).is_some_and(|known| known.leaving)
+    }
+
+    /// Nothing of a database that was left is under way any more.
+    pub fn on_left(&mut self, db: &str, is_mine: bool) {
+        let Some(known) = self.leave(db) else { return };
+        *known = Known::new(Entry::default(), State::Theirs, known.seen_in);
+        if is_mine {
+            self.stir(db);
         }
     }
 
@@ -201,6 +264,8 @@ impl Roster {
             (known.state == State::Idle && known.seen_in != self.sweep).then(|| Arc::clone(name))
         };
         let unseen: Vec<Arc<str>> = self.databases.iter().filter_map(unseen).collect();
+        let sweep = self.sweep;
+        self.databases.retain(|_, known| known.state != State::Theirs || known.seen_in == sweep);
         for name in unseen {
             self.stir(&name);
         }
@@ -238,7 +303,7 @@ impl Roster {
         });
         match known.state {
             State::Failed(until) => drop(self.failed.remove(&(until, db.into()))),
-            State::Idle | State::Waiting => {}
+            State::Idle | State::Waiting | State::Theirs => {}
             State::Active(_) => unreachable!("a database has one flow at a time"),
         }
         known.state = State::Active(flow);
@@ -300,6 +365,9 @@ impl Roster {
         if let State::Active(_) = known.state {
             self.n_active -= 1;
         }
+        if std::mem::take(&mut known.leaving) {
+            self.n_leaving -= 1;
+        }
         Some(known)
     }
 
@@ -317,7 +385,7 @@ impl Roster {
     fn entries(&self, number: u8) -> Vec<(String, Entry)> {
         let ours = self.databases.iter().filter(|(name, _)| bucket(name) == number);
         // One without a mark was never opened: as good as not known.
-        let opened = ours.filter(|(_, known)| known.entry.mark.is_some());
+        let opened = ours.filter(|(_, known)| known.entry.mark.is_some() && known.state != State::Theirs);
         let mut entries: Vec<_> =
             opened.map(|(name, known)| (name.to_string(), known.entry.clone())).collect();
         entries.sort_by(|one, other| one.0.cmp(&other.0));
@@ -327,7 +395,7 @@ impl Roster {
 
 impl Known {
     fn new(entry: Entry, state: State, seen_in: u32) -> Known {
-        Known { entry, causes: Vec::new(), state, failures: 0, hinted: false, seen_in }
+        Known { entry, causes: Vec::new(), state, failures: 0, hinted: false, leaving: false, seen_in }
     }
 }
 

@@ -15,6 +15,7 @@ mod configuring;
 mod conflicts;
 mod couch;
 mod databases;
+mod divided;
 mod docs;
 mod ending;
 mod endpoints;

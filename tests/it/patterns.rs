@@ -47,6 +47,7 @@ fn databases_made_and_written_at_once_all_arrive_with_hints_and_without() {
             scope.spawn(move || {
                 let couch = couch(flavour, &["tenant-old", "tenant-test", "other"]);
                 couch.put("tenant-old", "before", &json!({})).unwrap();
+                couch.create_db("_global_changes");
                 couch.quirks(|quirks| quirks.drop_updates = !hints);
                 let world = start(couch, receiver(), QUICK, TENANTS);
                 wait_until_started(&world);
@@ -77,6 +78,7 @@ fn what_is_written_later_to_any_of_them_arrives_once() {
     {
         let couch = couch(flavour, &[]);
         (0..40).for_each(|n| couch.create_db(&tenant(n)));
+        couch.create_db("_global_changes");
         couch.quirks(|quirks| (quirks.drop_updates, quirks.n_other_nodes) = (!hints, nodes));
         let world = start(couch, receiver(), QUICK, TENANTS);
         wait_until_started(&world);
@@ -242,7 +244,7 @@ fn a_letter_of_a_database_at_rest_can_be_sent_again() {
 
 #[test]
 fn a_database_with_a_mountain_of_changes_leaves_room_for_the_others() {
-    let (n_changes, n_others) = if long() { (200_000, 1_000) } else { (6_000, 100) };
+    let (n_changes, n_others) = if long() { (50_000, 1_000) } else { (6_000, 100) };
     let couch = couch(Flavour::V3, &[]);
     let receiver = receiver_with(|options| options.keep_bodies = false);
     (0..n_others).for_each(|n| couch.create_db(&tenant(n)));

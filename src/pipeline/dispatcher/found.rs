@@ -12,6 +12,7 @@ use crossbeam_channel::Receiver;
 
 use crate::config;
 use crate::couch::databases::Info;
+use crate::couch::leases::Share;
 use crate::error::Kind;
 use crate::pipeline::complaints::{Complaint, Outage};
 use crate::pipeline::dispatcher::{Dispatcher, telling};
@@ -27,6 +28,8 @@ use crate::pure::roster::Roster;
 
 /// Databases that have a flow at a time. Each takes a few KiB; most of them only wait for their checkpoint.
 pub(super) const ACTIVE_MAX: usize = 1_024;
+/// With `lease = shared`, how often it is looked whether the databases are divided anew.
+const LOOK_EVERY: Duration = Duration::from_millis(200);
 /// What is known of the databases is stored this often, where it changed.
 const SAVE_EVERY: Duration = Duration::from_secs(60);
 
@@ -37,6 +40,9 @@ pub(super) struct Found {
     /// What the webhook's record says of databases, where commands have set it.
     seeks: BTreeMap<String, Seek>,
     sightings: Receiver<Sighting>,
+    /// With `lease = shared`: the division that what is known goes by, and when to look for another.
+    generation: u64,
+    look_at: Option<Instant>,
     /// Of all of them: thousands may have one fault.
     complaint: Complaint,
     save_at: Instant,
@@ -52,6 +58,8 @@ impl Found {
         now: Instant,
     ) -> Found {
         let mut found = Found {
+            generation: 0,
+            look_at: None,
             pattern,
             roster,
             seeks,
@@ -72,7 +80,7 @@ impl Found {
 
     pub(super) fn next_deadline(&self) -> Option<Instant> {
         let save_at = self.roster.is_changed().then_some(self.save_at);
-        save_at.into_iter().chain(self.roster.next_deadline()).min()
+        save_at.into_iter().chain(self.look_at).chain(self.roster.next_deadline()).min()
     }
 }
 
@@ -81,15 +89,26 @@ impl Dispatcher<'_> {
     pub(super) fn on_sighting(&mut self, sighting: Sighting) {
         let Some(found) = &mut self.found else { return };
         let state_db = &self.shared.state_db;
+        let division = self.shared.hold.share().map(Share::division);
+        let is_mine = |db: &str| division.as_ref().is_none_or(|division| division.is_mine(db));
         match sighting {
             Sighting::Hinted(hints) => {
                 for hint in hints.iter().filter(|hint| found.pattern.matches(hint.db(), state_db)) {
-                    found.roster.on_hint(hint.db()).inspect(|flow| self.dispatch.stir(*flow));
+                    match is_mine(hint.db()) {
+                        true => {
+                            found.roster.on_hint(hint.db()).inspect(|flow| self.dispatch.stir(*flow));
+                        }
+                        false => found.roster.on_theirs(hint.db()),
+                    }
                 }
             }
             Sighting::Infos(infos) => {
                 for (db, info) in infos.iter().filter(|(db, _)| found.pattern.matches(db, state_db)) {
                     let flow = match info {
+                        Info::Seen(_) if !is_mine(db) => {
+                            found.roster.on_theirs(db);
+                            None
+                        }
                         Info::Seen(fingerprint) => found.roster.on_seen(db, *fingerprint),
                         Info::Gone if found.roster.is_known(db) => found.roster.stir(db),
                         Info::Gone => None,
@@ -106,6 +125,7 @@ impl Dispatcher<'_> {
         if self.stop.is_some() {
             return;
         }
+        self.divide(now);
         while let Some((db, mark)) = self.next_found(now) {
             self.activate(&db, mark);
         }
@@ -113,6 +133,23 @@ impl Dispatcher<'_> {
         found.save_at = now + SAVE_EVERY;
         while let Some((bucket, entries)) = found.roster.take_changed() {
             self.store.order(Errand::Databases(bucket, entries));
+        }
+    }
+
+    /// Goes by the division as it is now, and says so as soon as nothing is under way of what is not ours any more.
+    fn divide(&mut self, now: Instant) {
+        let (Some(found), Some(share)) = (&mut self.found, self.shared.hold.share()) else { return };
+        found.look_at = Some(now + LOOK_EVERY);
+        let generation = share.generation();
+        if generation != found.generation {
+            found.generation = generation;
+            let division = share.division();
+            for flow in found.roster.divide(|db| division.is_mine(db)) {
+                self.dispatch.leave(flow);
+            }
+        }
+        if found.roster.is_settled() {
+            share.on_settled(found.generation);
         }
     }
 
@@ -178,7 +215,11 @@ impl Dispatcher<'_> {
     /// All that there was of a database is told and stored.
     pub(super) fn let_go(&mut self, flow: FlowIndex) {
         let Some(found) = &mut self.found else { return };
-        found.roster.on_rested(self.subscriptions[flow].db());
+        let db = self.subscriptions[flow].db();
+        match found.roster.is_leaving(db) {
+            true => found.roster.on_left(db, self.shared.hold.share().is_none_or(|share| share.is_mine(db))),
+            false => found.roster.on_rested(db),
+        }
         self.dispatch.release(flow);
     }
 
@@ -202,7 +243,8 @@ impl Dispatcher<'_> {
                 );
             }
         }
-        if self.dispatch.is_pinned(flow) {
+        // One that is left to somebody else rests, fault or not.
+        if self.dispatch.is_pinned(flow) || found.roster.is_leaving(db) {
             return;
         }
         let is_gone = kind == Some(Kind::NotFound);

@@ -1,0 +1,141 @@
+//! Several daemons that divide the databases of a pattern (`lease = shared`): each tells its part, and one that dies or
+//! comes changes whose they are.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::time::Duration;
+
+use couch_hookd::standin::couch::{Flavour, StandIn};
+use couch_hookd::standin::receiver::Receiver;
+use couch_hookd::standin::record::Delivery;
+use serde_json::json;
+
+use crate::host::WAIT_MAX;
+use crate::world::{Daemon, Ini, STATE_DB, couch, long, receiver_with};
+
+const NAMES: [&str; 3] = ["a", "b", "c"];
+
+struct Divided {
+    couch: StandIn,
+    receiver: Receiver,
+    daemons: BTreeMap<&'static str, Daemon>,
+    dbs: Vec<String>,
+}
+
+impl Divided {
+    fn start(n_dbs: usize, ttl: Duration) -> Divided {
+        let couch = couch(Flavour::V3, &["_global_changes"]);
+        let dbs: Vec<String> = (0..n_dbs).map(|n| format!("tenant-{n:04}")).collect();
+        dbs.iter().for_each(|db| couch.create_db(db));
+        let receiver = receiver_with(|options| options.keep_bodies = true);
+        let mut divided = Divided { couch, receiver, daemons: BTreeMap::new(), dbs };
+        for name in NAMES {
+            let ini = divided.ini(name);
+            let ttl = ttl.as_millis().to_string();
+            divided.daemons.insert(name, Daemon::start_with(&ini, &[("HOOKD_TEST_LEASE_TTL_MS", &ttl)]));
+        }
+        for daemon in divided.daemons.values() {
+            daemon.wait_for_log("changes of `tenant-*`");
+        }
+        divided
+    }
+
+    fn ini(&self, name: &str) -> Ini {
+        let lines = format!("header.x-who = {name}\ndb = tenant-*\nsince = now\nlease = shared");
+        let hookd = "sweep_interval = 1s\nsweep_rate = 1000";
+        Ini::new(&self.couch.url()).hookd(hookd).webhook("tenants", &self.receiver.url(), &lines)
+    }
+
+    /// Writes a document to each database and waits until all are told; how many each daemon told.
+    fn round(&self, id: &str) -> BTreeMap<String, usize> {
+        for db in &self.dbs {
+            self.couch.put(db, id, &json!({})).unwrap();
+        }
+        let mut told: BTreeMap<String, String> = BTreeMap::new();
+        let mut n_seen = 0;
+        loop {
+            let n_before = told.len();
+            let moves = self.receiver.wait_until(WAIT_MAX, |record| {
+                for one in &record.deliveries()[n_seen..] {
+                    // Accepted or about to be: the receiver takes everything.
+                    if one.doc_id() == id {
+                        told.insert(one.db().to_owned(), who(one).to_owned());
+                    }
+                }
+                n_seen = record.deliveries().len();
+                told.len() > n_before
+            });
+            if told.len() == self.dbs.len() {
+                break;
+            }
+            let missing: Vec<&String> =
+                self.dbs.iter().filter(|db| !told.contains_key(*db)).take(5).collect();
+            assert!(moves, "`{id}` of {missing:?} and others is not told\n{}", self.transcript());
+        }
+        let mut counts = BTreeMap::new();
+        for name in told.into_values() {
+            *counts.entry(name).or_insert(0) += 1;
+        }
+        counts
+    }
+
+    /// Every document was told under one id, and twice at most where somebody died or came meanwhile.
+    fn check_ids(&self) {
+        self.receiver.look(|record| {
+            let mut ids: BTreeMap<(&str, &str), BTreeSet<&str>> = BTreeMap::new();
+            for one in record.deliveries().iter().filter(|one| one.accepted()) {
+                ids.entry((one.db(), one.doc_id())).or_default().insert(&one.webhook_id);
+            }
+            let several = ids.iter().find(|(_, ids)| ids.len() > 1);
+            assert!(several.is_none(), "{several:?}\n{}", self.transcript());
+        });
+    }
+
+    fn transcript(&self) -> String {
+        let text: String =
+            self.daemons.iter().map(|(name, one)| format!("--- {name} ---\n{}", one.transcript())).collect();
+        let docs = self.couch.winners(STATE_DB).into_iter();
+        let docs = docs.filter(|(id, _)| id.starts_with("lease:") || id.starts_with("daemon:"));
+        let docs: String = docs.map(|(_, doc)| format!("{}\n", doc.json)).collect();
+        format!("{docs}{}", text.chars().take(20_000).collect::<String>())
+    }
+}
+
+fn who(one: &Delivery) -> &str {
+    let header = one.headers.iter().find(|(name, _)| name.eq_ignore_ascii_case("x-who"));
+    header.map_or("", |(_, value)| value)
+}
+
+#[test]
+fn each_tells_its_part_and_what_one_leaves_is_taken_up() {
+    let n_dbs = if long() { 3_000 } else { 150 };
+    let ttl = Duration::from_secs(3);
+    let mut divided = Divided::start(n_dbs, ttl);
+    // Once all have seen each other, each has its part.
+    let mut counts = divided.round("first");
+    for n in 0..20 {
+        if counts.len() == NAMES.len() {
+            break;
+        }
+        counts = divided.round(&format!("again-{n}"));
+    }
+    let counts = if counts.len() == NAMES.len() { divided.round("divided") } else { counts };
+    let third = n_dbs / NAMES.len();
+    let share = if long() { third * 85 / 100..=third * 115 / 100 } else { third / 2..=third * 2 };
+    for name in NAMES {
+        let n = counts.get(name).copied().unwrap_or(0);
+        assert!(share.contains(&n), "{counts:?} of {n_dbs}\n{}", divided.transcript());
+    }
+    divided.daemons.get_mut("b").unwrap().kill();
+    let counts = divided.round("without-b");
+    assert!(!counts.contains_key("b"), "{counts:?}");
+    divided.daemons.get_mut("b").unwrap().start_again();
+    let mut counts = BTreeMap::new();
+    for n in 0..20 {
+        counts = divided.round(&format!("with-b-{n}"));
+        if counts.contains_key("b") {
+            break;
+        }
+    }
+    assert!(counts.contains_key("b"), "{counts:?}\n{}", divided.transcript());
+    divided.check_ids();
+}
