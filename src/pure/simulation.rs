@@ -196,6 +196,7 @@ struct Seen {
     crash_while_kept: bool,
     let_go: bool,
     stirred: bool,
+    left: bool,
 }
 
 struct World {
@@ -423,6 +424,16 @@ impl World {
         self.roster.on_swept();
     }
 
+    /// The database is somebody else's for a moment, as when daemons divide them.
+    fn leave(&mut self) {
+        self.trace(&"leave");
+        for flow in self.roster.divide(|_| false) {
+            self.seen.left = true;
+            self.dispatch.leave(flow);
+        }
+        self.roster.divide(|_| true);
+    }
+
     fn hint(&mut self) {
         if self.is_found
             && let Some(flow) = self.roster.stir(&Self::found_name())
@@ -461,7 +472,8 @@ impl World {
     fn read_failed(&mut self, flow: usize, fault: ReadFault) {
         self.dispatch.on_read_failed(flow, fault, self.now);
         let is_found = self.is_found && flow == FOUND && fault != ReadFault::Changed;
-        if is_found && !self.dispatch.is_pinned(flow) && self.dispatch.flow(flow).is_done() {
+        let is_left = self.roster.is_leaving(&Self::found_name());
+        if is_found && !is_left && !self.dispatch.is_pinned(flow) && self.dispatch.flow(flow).is_done() {
             self.roster.on_failed(&Self::found_name(), fault == ReadFault::Refused, self.now);
             self.let_go();
         }
@@ -1165,7 +1177,11 @@ impl World {
                 Action::Say(Notice::Endpoint(endpoint::Notice::Down(_))) => self.seen.pause = true,
                 Action::LetGo(flow) => {
                     assert_eq!(flow, FOUND, "the others never rest");
-                    self.roster.on_rested(&Self::found_name());
+                    let name = Self::found_name();
+                    match self.roster.is_leaving(&name) {
+                        true => self.roster.on_left(&name, true),
+                        false => self.roster.on_rested(&name),
+                    }
                     self.let_go();
                 }
                 Action::Say(_) => {}
@@ -1187,6 +1203,7 @@ impl World {
         }
         match self.rng.u8(..100) {
             0..=27 => self.write(),
+            28 if self.rng.bool() => self.leave(),
             28 => self.sweep(),
             // It may be stored at any time, or not at all.
             29 => {
@@ -1416,7 +1433,7 @@ fn run_all(seeds: impl Iterator<Item = u64>) -> BTreeMap<&'static str, u64> {
 }
 
 /// What schedules must hold often enough for the simulation to mean anything, in percent.
-fn shares(seen: Seen) -> [(&'static str, bool, u8); 19] {
+fn shares(seen: Seen) -> [(&'static str, bool, u8); 20] {
     [
         ("at least 4 in flight", seen.four_in_flight, 20),
         ("a crash between delivery and checkpoint", seen.crash_before_checkpoint, 5),
@@ -1437,5 +1454,6 @@ fn shares(seen: Seen) -> [(&'static str, bool, u8); 19] {
         ("a crash while one is stored or forgotten", seen.crash_while_kept, 5),
         ("a database that rests let go", seen.let_go, 20),
         ("one stirred while it is read", seen.stirred, 5),
+        ("one left to somebody else", seen.left, 5),
     ]
 }
