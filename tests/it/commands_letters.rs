@@ -234,7 +234,7 @@ fn without_a_daemon_they_are_sent_from_here_exactly_as_they_were() {
 
 #[test]
 fn more_letters_than_a_page_holds_are_all_listed_and_all_discarded() {
-    let n = if long() { 10_000 } else { 1_500 };
+    let n = if long() { 10_000 } else { 1_050 };
     let (couch, receiver) = (couch(Flavour::V2, &["orders"]), receiver());
     let desk = Desk::new(&ini(&couch, &receiver));
     couch.create_db(STATE_DB);
