@@ -84,8 +84,8 @@ impl Beam {
     #[track_caller]
     fn close(mut self) {
         let took: u64 = self.order("close", "gone ").parse().unwrap();
-        // The rest is for a machine that is busy.
-        assert!(took <= 1_200, "{took} ms");
+        // A second is its own; the rest is for a machine that is busy.
+        assert!(took <= 5_000, "{took} ms");
     }
 }
 
