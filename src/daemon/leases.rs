@@ -12,6 +12,8 @@
 //! hold any more, so after the last delivery and the last checkpoint. No request lasts longer than a quarter of a TTL.
 //! What is written, and when, is decided by `pure::lease`.
 
+mod entry;
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -20,13 +22,13 @@ use crossbeam_channel::{Receiver, Sender, bounded, never, select};
 
 use crate::couch::alive::{self, Daemon};
 use crate::couch::client::Limits;
-use crate::couch::leases::{self, Change, Found, Hold};
+use crate::couch::leases::{self, Found, Hold};
+use crate::daemon::leases::entry::{Entry, Sharing};
 use crate::error::{Error, Kind, Result};
 use crate::pipeline::Shared;
 use crate::pipeline::complaints::{Complaint, Outage};
 use crate::pipeline::desk::Nudge;
-use crate::pure::lease::{Answer, Lease, Mode, Order, Other, State, Times, Write};
-use crate::pure::share::Members;
+use crate::pure::lease::{Answer, Lease, Mode, Other, State, Times};
 use crate::pure::snapshot::{self, Statuses, WebhookStatus};
 use crate::sys::{self, Thread};
 
@@ -116,36 +118,6 @@ fn times() -> Times {
     let ms = std::env::var(TTL_VARIABLE).ok().and_then(|ms| ms.parse::<u64>().ok());
     let ms = ms.filter(|ms| (100..=3_600_000).contains(ms));
     Times::of(ms.map_or(TTL, Duration::from_millis))
-}
-
-/// One webhook.
-struct Entry {
-    lease: Lease,
-    /// What its document is called behind [`leases::PREFIX`].
-    lease_name: String,
-    /// `lease = shared`: who has which part.
-    shared: Option<Sharing>,
-    /// When it was seen to be somebody else's.
-    standby_since: jiff::Timestamp,
-    /// What is handed out, and for which tenure.
-    hold: Option<(u64, Arc<Hold>)>,
-    wanted: bool,
-    /// Whose the lease is, for people.
-    place: String,
-    /// What was said last.
-    said: Option<State>,
-    has_lapsed: bool,
-    said_unreadable: bool,
-}
-
-/// Our part in a webhook that several daemons divide.
-struct Sharing {
-    /// Names this membership: no other ever has the same.
-    id: String,
-    /// While our lease is held, and was looked at after it was written.
-    members: Option<Members>,
-    /// What our lease says.
-    knows: BTreeSet<String>,
 }
 
 /// The thread's own state.
@@ -304,7 +276,7 @@ impl Keeper {
                 self.n_joined += 1;
                 let id = format!("{}.{}", self.us.id, self.n_joined);
                 let lease_name = leases::member_name(webhook, &id);
-                Entry::new(lease, lease_name, Some(Sharing { id, members: None, knows: BTreeSet::new() }))
+                Entry::new(lease, lease_name, Some(Sharing::new(id)))
             }
         };
         let before = self.entries.insert(webhook.to_owned(), entry);
@@ -330,12 +302,12 @@ impl Keeper {
         if sys::since_boot() < self.rest_until {
             return;
         }
-        self.settle();
+        self.entries.values_mut().for_each(Entry::settle);
         // What was seen changes what is to be announced, and that has to be looked at once more.
         for _ in 0..STEPS_MAX {
             let done = self.announce().and_then(|()| self.look()).and_then(|()| self.write());
             self.publish();
-            self.say();
+            self.entries.iter_mut().for_each(|(name, entry)| entry.say(name, sys::since_boot()));
             if let Err(error) = done {
                 self.rest_until = sys::since_boot() + self.times.again;
                 self.complain(&error);
@@ -344,19 +316,6 @@ impl Keeper {
             self.complaint = Complaint::default();
             if self.end_at.is_some() || (!self.must_look() && self.leased() == self.us.leased) {
                 return;
-            }
-        }
-    }
-
-    /// Of webhooks that are divided: takes note of what was let go, so that others hear of it.
-    fn settle(&mut self) {
-        for entry in self.entries.values_mut() {
-            let (Some(sharing), Some((_, hold))) = (&mut entry.shared, &entry.hold) else { continue };
-            if let (Some(members), Some(share)) = (&mut sharing.members, hold.share()) {
-                members.on_settled(share.settled());
-                if *members.knows() != sharing.knows {
-                    entry.lease.hurry();
-                }
             }
         }
     }
@@ -375,8 +334,8 @@ impl Keeper {
     fn complain(&mut self, error: &Error) {
         if Outage::concerns(error) {
             self.shared.outage.say(error);
-        } else if matches!(error.kind(), Kind::Timeout | Kind::Cut) {
-            // A server that is busy. What comes of it for a webhook is said of the webhook.
+        } else if matches!(error.kind(), Kind::Timeout | Kind::Cut | Kind::Conflict) {
+            // A server that is busy, or somebody who took us for dead. What comes of it for a webhook is said of the webhook.
             log::debug!("`{}`: {error}; trying again", self.shared.state_db);
         } else if error.kind() != Kind::Stopped && self.complaint.is_news(error.kind(), sys::now()) {
             let state_db = &self.shared.state_db;
@@ -506,8 +465,7 @@ impl Keeper {
             entry.lease.on_look(doc, &of(others, name), now, sys::jitter());
             let is_held = was_held && entry.lease.state() == State::Held;
             if let (Some(sharing), Some(found), true) = (&mut entry.shared, found, is_held) {
-                let new = || Members::new(&sharing.id, times, sys::jitter());
-                sharing.members.get_or_insert_with(new).on_look(leases::members(found, name), now);
+                sharing.on_look(leases::members(found, name), times, now);
             }
             if entry.lease.waits_for_others(now) {
                 self.look_at = self.look_at.min(now + self.times.again);
@@ -583,21 +541,7 @@ impl Keeper {
         let mut holds = locked(&self.holds);
         holds.clone_from(&self.free);
         for (name, entry) in &mut self.entries {
-            let telling = entry.lease.telling();
-            if let Some((_, hold)) =
-                entry.hold.take_if(|(tenure, _)| telling.is_none_or(|telling| telling.tenure != *tenure))
-            {
-                hold.end();
-            }
-            if let Some(telling) = telling {
-                let new = if entry.shared.is_some() { Hold::of_share } else { Hold::new };
-                let (_, hold) = entry.hold.get_or_insert_with(|| (telling.tenure, new()));
-                hold.set_until(telling.until.unwrap_or(self.alone_until));
-                let members = entry.shared.as_ref().and_then(|sharing| sharing.members.as_ref());
-                if let (Some(members), Some(share)) = (members, hold.share()) {
-                    share.set(members.division(), members.generation());
-                }
-            }
+            entry.hand_out(self.alone_until);
             if let (Some((_, hold)), true) = (&entry.hold, entry.wanted) {
                 holds.insert(name.clone(), Arc::clone(hold));
             }
@@ -629,114 +573,6 @@ impl Keeper {
     fn last_limits(&self) -> Limits {
         let left = self.end_at.map_or(END_MIN, |end_at| end_at.saturating_duration_since(sys::now()));
         Limits { deadline: Some(left.max(END_MIN)), ..Limits::default() }
-    }
-
-    // --- For people --------------------------------------------------------------------------------------
-
-    fn say(&mut self) {
-        let now = sys::since_boot();
-        for (name, entry) in &mut self.entries {
-            let state = entry.lease.state();
-            let lapsed = state == State::Held
-                && entry.lease.telling().and_then(|telling| telling.until).is_some_and(|until| now >= until);
-            if lapsed != entry.has_lapsed {
-                entry.has_lapsed = lapsed;
-                match lapsed {
-                    true => log::warn!(
-                        "webhook `{name}`: its lease could not be renewed in time: nothing is sent until CouchDB takes a \
-                         renewal"
-                    ),
-                    false if state == State::Held => {
-                        log::info!(
-                            "webhook `{name}`: its lease was renewed and nobody took it meanwhile: it goes on"
-                        );
-                    }
-                    false => {}
-                }
-            }
-            let before = entry.said.replace(state);
-            if before == Some(state) || !entry.wanted {
-                continue;
-            }
-            let place = &entry.place;
-            match (before, state) {
-                (Some(State::Alone), State::Held) => {
-                    log::info!("webhook `{name}`: another daemon is there; we hold its lease and go on");
-                }
-                (Some(State::Held), State::Alone) => {
-                    log::info!("webhook `{name}`: no other daemon is there any more; told without a lease");
-                }
-                (_, State::Held) => log::info!("webhook `{name}`: its lease is ours"),
-                (Some(_), State::Unknown) => log::warn!(
-                    "webhook `{name}`: this process was stopped for long; it looks who else is there before it tells more"
-                ),
-                (Some(State::Alone | State::Held), State::Standby) => {
-                    log::warn!("webhook `{name}`: another daemon tells it now; stopped here");
-                }
-                (_, State::Standby) if !place.is_empty() => {
-                    log::info!("webhook `{name}`: {place} holds its lease; standing by");
-                }
-                (_, State::Standby) => log::info!("webhook `{name}`: another daemon is there; standing by"),
-                (_, State::Alone | State::Unknown) => {}
-            }
-            if state == State::Standby {
-                entry.standby_since = sys::wall();
-            }
-        }
-    }
-}
-
-impl Entry {
-    fn new(lease: Lease, lease_name: String, shared: Option<Sharing>) -> Entry {
-        Entry {
-            lease,
-            lease_name,
-            shared,
-            standby_since: sys::wall(),
-            hold: None,
-            wanted: true,
-            place: String::new(),
-            said: None,
-            has_lapsed: false,
-            said_unreadable: false,
-        }
-    }
-
-    /// An order with what our lease says beside.
-    fn change(&self, order: Order) -> Change {
-        let knows = self.shared.as_ref().map(|sharing| {
-            sharing.members.as_ref().map(|members| members.knows().clone()).unwrap_or_default()
-        });
-        Change { name: self.lease_name.clone(), order, knows }
-    }
-
-    /// Other members that have not renewed their leases for too long are taken out.
-    fn expels(&self, webhook: &str, now: Duration) -> Vec<Change> {
-        let members = self.shared.as_ref().and_then(|sharing| sharing.members.as_ref());
-        let dead = members.map(|members| members.to_expel(now)).unwrap_or_default();
-        let expel = |(id, rev): (String, String)| {
-            let order = Order { write: Write::Release, over: Some(rev), n: 0 };
-            Change { name: leases::member_name(webhook, &id), order, knows: Some(BTreeSet::new()) }
-        };
-        dead.into_iter().map(expel).collect()
-    }
-
-    /// Whether somebody has what was handed out.
-    fn is_used(&self) -> bool {
-        self.hold.as_ref().is_some_and(|(_, hold)| Arc::strong_count(hold) > 1)
-    }
-
-    fn note(&mut self, name: &str, found: Option<&Found>, state_db: &str) {
-        let held = found.filter(|found| !found.doc.released);
-        self.place = held.map(|found| found.place.clone()).unwrap_or_default();
-        let unreadable = found.is_some_and(|found| !found.is_readable);
-        if unreadable && !std::mem::replace(&mut self.said_unreadable, true) {
-            log::warn!(
-                "`{state_db}`: document `lease:{name}` is no lease; somebody else may tell the webhook for as long as it \
-                 changes"
-            );
-        }
-        self.said_unreadable &= unreadable;
     }
 }
 
