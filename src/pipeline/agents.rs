@@ -65,3 +65,35 @@ impl Agents {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::io::ErrorKind;
+    use std::sync::Arc;
+    use std::sync::atomic::{AtomicBool, Ordering};
+
+    use super::*;
+    use crate::pure::guard::Guard;
+    use crate::socket::Gate;
+    use crate::standin::receiver::{Receiver, ReceiverOptions};
+
+    #[test]
+    fn nothing_is_sent_while_the_gate_is_shut() {
+        let receiver = Receiver::start(ReceiverOptions::new(Vec::new())).unwrap();
+        let open = Arc::new(AtomicBool::new(false));
+        let asked = Arc::clone(&open);
+        let sockets = Sockets::gated(Gate(Arc::new(move || asked.load(Ordering::SeqCst))));
+        let config = Agent::config_builder().http_status_as_error(false).proxy(None).build();
+        let agents = Agents::new(config, Names::guarded(Guard::default()), sockets);
+        let send = || agents.lend(|agent| agent.post(receiver.url()).send("{}").map(drop));
+        let is_refused = |sent: Result<(), ureq::Error>| matches!(sent, Err(ureq::Error::Io(error)) if error.kind() == ErrorKind::PermissionDenied);
+        assert!(is_refused(send()), "over a new connection");
+        open.store(true, Ordering::SeqCst);
+        send().unwrap();
+        open.store(false, Ordering::SeqCst);
+        assert!(is_refused(send()), "over a pooled one");
+        open.store(true, Ordering::SeqCst);
+        send().unwrap();
+        assert_eq!(receiver.look(|record| record.deliveries().len()), 2);
+    }
+}
