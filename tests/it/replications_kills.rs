@@ -11,7 +11,7 @@ use couch_hookd::sys;
 
 use crate::host::WAIT_MAX;
 use crate::replications::{ALL, DB, LIFE, at_work, put, step, told};
-use crate::world::{Daemon, Ini, couch, long, receiver_with};
+use crate::world::{Daemon, Ini, STATE_DB, couch, long, receiver_with};
 
 /// Replications that live at the same time.
 const IDS: [&str; 5] = ["a", "b", "c", "d", "e"];
@@ -119,6 +119,51 @@ fn kill_through_lives(flavour: Flavour) {
             starts.len() - 1,
             record.deliveries().len()
         );
+    });
+}
+
+/// Of several daemons whoever tells is killed; the next one goes on from the states that are stored.
+#[test]
+fn whoever_takes_over_tells_nothing_as_something_new() {
+    let n_kills = if long() { 20 } else { 4 };
+    let couch = couch(Flavour::V3, &[DB]);
+    put(&couch, UNCHANGED);
+    couch.replicate(DB, UNCHANGED, at_work(Flavour::V3)).unwrap();
+    let receiver = receiver_with(|options| options.keep_bodies = true);
+    let ini = Ini::new(&couch.url()).webhook("sync", &receiver.url(), ALL);
+    let times = [("HOOKD_TEST_LEASE_TTL_MS", "1500")];
+    let mut daemons = [Daemon::start_with(&ini, &times), Daemon::start_with(&ini, &times)];
+    let holder = || {
+        let lease = couch.winner(STATE_DB, "lease:sync").filter(|doc| !doc.deleted)?;
+        let lease: serde_json::Value = serde_json::from_str(&lease.json).unwrap();
+        lease["pid"].as_u64().filter(|_| lease["released"] == false)
+    };
+    let killing = AtomicBool::new(true);
+    let expected = std::thread::scope(|scope| {
+        let living = scope.spawn(|| live(&couch, &receiver, Flavour::V3, &killing));
+        let mut n_killed = 0;
+        while n_killed < n_kills && !living.is_finished() {
+            let life = Duration::from_millis(fastrand::u64(200..2_000));
+            let n = receiver.look(|record| record.deliveries().len());
+            let _ = receiver.wait_until(life, |record| record.deliveries().len() > n + 3);
+            let pid = holder();
+            if let Some(teller) = daemons.iter_mut().find(|one| pid == Some(u64::from(one.pid()))) {
+                teller.kill();
+                teller.start_again();
+                n_killed += 1;
+            }
+        }
+        killing.store(false, Ordering::SeqCst);
+        living.join().unwrap()
+    });
+    let log = daemons.each_ref().map(Daemon::transcript).join("\n");
+    receiver.look(|record| {
+        let told = told(record);
+        for id in IDS {
+            let found: Vec<&str> = told[id].iter().map(|one| one.kind.as_str()).collect();
+            assert_eq!(found, expected, "`{id}`\n{}\n{log}", record.transcript());
+        }
+        assert_eq!((record.n_unverified(), record.violations()), (0, &[][..]), "{log}");
     });
 }
 
