@@ -21,6 +21,7 @@ use crate::couch::requests::{self, Arguments as Asked, Command, Request};
 use crate::couch::state_db::{self, DeadLetterClass, WebhookRecord};
 use crate::couch::{feed, local_docs};
 use crate::error::{Error, Kind, Result};
+use crate::pure::lease::Mode;
 use crate::pure::message::Watch;
 use crate::pure::seq::Seq;
 use crate::pure::snapshot::{State, WebhookStatus};
@@ -70,6 +71,9 @@ struct Line {
     /// Who runs it, and when it last said how it is.
     daemon: Option<String>,
     said_at: Option<Timestamp>,
+    /// Whether several daemons divide it (`lease = shared`): then each tells a part.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    divided: bool,
     /// Who would run it if that one did not (`lease`).
     #[serde(skip_serializing_if = "Vec::is_empty")]
     standbys: Vec<String>,
@@ -227,6 +231,7 @@ impl Line {
             why: None,
             daemon: None,
             said_at: None,
+            divided: false,
             standbys: Vec::new(),
             pending: None,
             pending_at_least: false,
@@ -294,6 +299,7 @@ impl Line {
             since: Some(since),
             why,
             daemon: Some(daemon.place()),
+            divided: webhook.lease == Some(Mode::Shared),
             said_at: Some(daemon.renewed_at),
             unfinished: status.unfinished,
             oldest: status.oldest,
@@ -335,7 +341,7 @@ fn needs_help(webhook: &Webhook, status: &WebhookStatus, now: Timestamp) -> Opti
 /// Webhooks that more than one daemon runs.
 fn run_twice(lines: &[Line]) -> Vec<&str> {
     let mut n_daemons: BTreeMap<&str, usize> = BTreeMap::new();
-    for line in lines.iter().filter(|line| line.daemon.is_some()) {
+    for line in lines.iter().filter(|line| line.daemon.is_some() && !line.divided) {
         *n_daemons.entry(&line.webhook).or_default() += 1;
     }
     n_daemons.into_iter().filter(|(_, n)| *n > 1).map(|(name, _)| name).collect()
