@@ -128,7 +128,7 @@ impl Replays {
                     run.at_work.insert(id, stored);
                     by.dispatch().ask_replay(flow, letter, run.asked, now);
                 }
-                _ => run.stays(&stored, "its database is not watched any more", |run| &mut run.n_gone),
+                _ => run.stays(&stored, "its database is not watched here (any more)", |run| &mut run.n_gone),
             }
         }
         let over = listed && run.queue.is_empty() && run.at_work.is_empty();

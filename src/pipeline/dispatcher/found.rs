@@ -167,7 +167,8 @@ impl Dispatcher<'_> {
         if let Some(flow) = found.roster.flow(db) {
             return Some(flow);
         }
-        if !found.pattern.matches(db, &self.shared.state_db) {
+        let is_mine = self.shared.hold.share().is_none_or(|share| share.is_mine(db));
+        if !found.pattern.matches(db, &self.shared.state_db) || !is_mine {
             return None;
         }
         let mark = found.roster.mark(db);
