@@ -7,6 +7,7 @@ pub(crate) mod beam_notified;
 pub(crate) mod cloudevents;
 pub(crate) mod couchdb;
 pub(crate) mod couchdb_kills;
+pub(crate) mod couchdb_patterns;
 pub(crate) mod couchdb_replications;
 pub(crate) mod pouchdb;
 pub(crate) mod pouchdb_daemon;
