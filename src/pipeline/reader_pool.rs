@@ -22,8 +22,8 @@ use crate::sys::Thread;
 const IDLE: Duration = Duration::from_secs(30);
 /// Readings that may wait; webhooks give a few each. The queue touches all its memory at once: it holds pointers.
 const WAITING_MAX: usize = 4_096;
-/// Connections of the process that are not the pool's: the look-out's two, and those of requests and dead letters.
-const OTHER_CONNECTIONS: usize = 4;
+/// Connections of the process that are not the pool's: of the lookout two, of leases, requests, checkpoints and letters the others.
+const OTHER_CONNECTIONS: usize = 6;
 
 /// One reading to be done.
 struct Job {
