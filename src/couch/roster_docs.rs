@@ -1,6 +1,6 @@
 //! What is known of the databases that a webhook finds by pattern, in `_local` documents of `state_db`.
 //!
-//! `_local/couch-hookd.databases.NAME.2f`, one for each of [`roster::BUCKETS`]:
+//! `_local/couch-hookd.databases.NAME.2f`, one for each of [`BUCKETS`]:
 //! `{"databases":{"tenant-9":["5f0c…","00c0ffee00c0ffee"]}}`, of each database its mark and the fingerprints of states
 //! that hold nothing new. They die with `state_db`, wake nobody and have no history. Losing one costs a look at each of
 //! its databases, never a change: a database that is not known, or whose fingerprint is not, is read from its checkpoint.

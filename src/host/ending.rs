@@ -36,7 +36,7 @@ pub fn exit() {
     std::process::exit(0)
 }
 
-/// The process's parent, as [`Ending::watch_parent`] asks for it.
+/// The process's parent, as `Ending::watch_parent` asks for it.
 pub fn parent() -> i32 {
     nix::unistd::getppid().as_raw()
 }

@@ -9,7 +9,7 @@
 //! Guarantees that hints are passed on at once and that, whatever hints do, every wanted database is looked at again and
 //! again, at the pace of `pure::sweep`. What it sees may be old by the time it is heard, and says nothing for certain:
 //! whoever subscribes compares, and reads. It runs only while there are subscribers. A subscriber that does not listen
-//! holds up the others for [`PATIENCE`] at most, and then misses something, which brings another walk.
+//! holds up the others for `PATIENCE` at most, and then misses something, which brings another walk.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
