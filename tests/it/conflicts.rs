@@ -287,7 +287,7 @@ fn a_database_is_a_queue_of_conflicts_to_review() {
 /// Conflicts and their ends while the daemon is killed at every moment: each conflict that was told is told to be over.
 #[test]
 fn kills_lose_no_resolution() {
-    let n_rounds = if crate::world::long() { 80 } else { 20 };
+    let n_rounds = if crate::world::long() { 40 } else { 12 };
     let mut world = world(Flavour::V1, "conflicts = true\nretry_schedule = 100ms");
     world.receiver.answer(|_| {
         let pause = Duration::from_micros(fastrand::u64(0..30_000));

@@ -118,7 +118,7 @@ fn kills_lose_nothing_of_databases_that_come_and_go() {
         let mut world = start(couch, receiver(), QUICK, TENANTS);
         wait_until_started(&world);
         let random = &mut fastrand::Rng::with_seed(7);
-        let n_kills = if long() { 40 } else { 8 };
+        let n_kills = if long() { 25 } else { 8 };
         for kill in 0..n_kills {
             for _ in 0..random.usize(1..30) {
                 let db = tenant(random.usize(..30));

@@ -71,7 +71,7 @@ fn assert_order_in_each_life(record: &Record, starts: &[Instant], log: &str) {
 }
 
 fn kill_through_lives(flavour: Flavour) {
-    let n_kills = if long() { 60 } else { 20 };
+    let n_kills = if long() { 30 } else { 12 };
     let couch = couch(flavour, &[DB]);
     put(&couch, UNCHANGED);
     couch.replicate(DB, UNCHANGED, at_work(flavour)).unwrap();
