@@ -45,6 +45,7 @@ const IMPORTS: &[(&str, &[&str])] = &[
 /// Files that are tests as a whole, of modules behind `#[cfg(test)]`.
 const TESTS: &[&str] = &[
     "src/pure/simulation.rs",
+    "src/pure/database_events/tests.rs",
     "src/pure/dispatch/tests.rs",
     "src/pure/endpoint/tests.rs",
     "src/pure/flow/tests.rs",

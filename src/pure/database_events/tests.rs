@@ -23,7 +23,7 @@ fn machine() -> DatabaseEvents {
 }
 
 /// Stores what is dirty; gives what is stored of each then.
-fn store(machine: &mut DatabaseEvents, stored: &mut Vec<Option<Bucket>>) {
+fn store(machine: &mut DatabaseEvents, stored: &mut [Option<Bucket>]) {
     let dirty: Vec<(usize, Bucket)> =
         machine.dirty().into_iter().map(|(index, bucket)| (index, bucket.clone())).collect();
     for (index, bucket) in dirty {
