@@ -10,6 +10,7 @@
 //! may be on their way are left alone. What is there when a webhook first starts is known, not told.
 
 pub mod known;
+pub mod telling;
 
 use std::collections::BTreeSet;
 
