@@ -17,11 +17,12 @@ use couch_hookd::pure::format::Format;
 use couch_hookd::pure::message::{Arrived, Telling, Watch};
 use couch_hookd::pure::seq::Seq;
 use couch_hookd::standin::couch::{Flavour, Options, StandIn};
+use couch_hookd::standin::record::Record;
 use couch_hookd::sys;
 use serde_json::json;
 
 use crate::host::WAIT_MAX;
-use crate::world::FLAVOURS;
+use crate::world::{Daemon, FLAVOURS, Ini};
 
 const STATE_DB: &str = "couch_hookd";
 
@@ -209,5 +210,56 @@ fn what_was_told_and_not_delivered_is_told_again_with_its_id_and_what_happened_m
         let mut life = world.start(&through);
         let third = life.until(&[&text("deleted", "tenant-0")]);
         assert_eq!(third.len(), 1, "{flavour:?} {third:?}");
+    }
+}
+
+#[test]
+fn a_daemon_tells_of_databases_through_kills() {
+    for flavour in FLAVOURS {
+        let couch = crate::world::couch(flavour, &["tenant-old", "other"]);
+        let receiver = crate::world::receiver_with(|options| options.keep_bodies = true);
+        let ini = Ini::new(&couch.url()).hookd("sweep_interval = 1s\nsweep_rate = 1000").webhook(
+            "dbs",
+            &receiver.url(),
+            "watch = databases\ndb = tenant-*",
+        );
+        let mut world = crate::world::World { daemon: Daemon::start(&ini), couch, receiver };
+        world
+            .daemon
+            .wait_for_log("webhook `dbs` starts for the first time: tells which of the databases `tenant-*`");
+        world.daemon.wait_for_log("databases found by pattern: 1");
+        world.couch.create_db("other-2");
+        world.couch.create_db("tenant-1");
+        let has = |event_type: &str, db: &str| {
+            let wanted = (format!("database.{event_type}"), db.to_owned());
+            move |record: &Record| {
+                record.deliveries().iter().filter(|one| one.accepted()).any(|one| {
+                    let body: serde_json::Value = serde_json::from_slice(&one.body).unwrap();
+                    (body["type"].as_str(), body["data"]["db"].as_str())
+                        == (Some(wanted.0.as_str()), Some(wanted.1.as_str()))
+                })
+            }
+        };
+        world.wait("created", has("created", "tenant-1"));
+        world.daemon.kill();
+        world.couch.put("tenant-1", "a", &json!({})).unwrap();
+        world.couch.delete_db("tenant-old");
+        world.couch.create_db("tenant-2/x");
+        world.daemon.start_again();
+        world.wait("updated", has("updated", "tenant-1"));
+        world.wait("deleted", has("deleted", "tenant-old"));
+        world.wait("created, too", has("created", "tenant-2/x"));
+        world.receiver.look(|record| {
+            for one in record.deliveries() {
+                let body: serde_json::Value = serde_json::from_slice(&one.body).unwrap();
+                let (source, db) = (body["source"].as_str().unwrap(), body["data"]["db"].as_str().unwrap());
+                assert!(
+                    source.ends_with(&format!("/{}", couch_hookd::couch::client::encoded(db))),
+                    "{source}"
+                );
+                assert!(db.starts_with("tenant-"), "{db}");
+            }
+        });
+        world.assert_clean();
     }
 }
