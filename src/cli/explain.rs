@@ -130,6 +130,9 @@ fn told(webhook: &Webhook) -> String {
     if webhook.watch == Watch::Daemon {
         return format!("`{}` about couch-hookd itself", webhook.events.join("`, `"));
     }
+    if webhook.watch == Watch::Databases {
+        return format!("`{}` of the databases `{}`", webhook.events.join("`, `"), webhook.databases());
+    }
     if webhook.watch == Watch::Replications {
         let dbs = webhook.db.join("`, `");
         return format!("`{}` of the replications in `{dbs}`", webhook.events.join("`, `"));

@@ -84,7 +84,7 @@ pub struct Key {
 }
 
 /// Words of `watch` that a later version takes.
-pub const WATCH_LATER: [&str; 1] = ["databases"];
+pub const WATCH_LATER: [&str; 0] = [];
 
 /// Keys that a later version takes.
 pub const LATER: [(Section, &str); 3] =
@@ -229,9 +229,10 @@ pub const KEYS: &[Key] = &[
     ),
     webhook(
         "watch",
-        Kind::Word(&["changes", "replications", "daemon"]),
+        Kind::Word(&["changes", "databases", "replications", "daemon"]),
         "changes",
-        "What is told: changes of documents, states of replications, or events about couch-hookd itself.",
+        "What is told: changes of documents, that databases came, changed or went, states of replications, or events about \
+         couch-hookd itself.",
     ),
     optional(webhook(
         "db",
@@ -239,7 +240,7 @@ pub const KEYS: &[Key] = &[
         "orders, tenant-*, !tenant-test",
         "Databases, by name or by pattern: `*` is any text, `?` one character, `!` leaves out. Patterns need a server \
          admin, find new databases too, and never those of CouchDB's own. Without it: the webhook's own name; with \
-         `watch = replications` `_replicator`, where there are no patterns.",
+         `watch = databases` `*`; with `watch = replications` `_replicator`, where there are no patterns.",
     )),
     webhook(
         "since",
@@ -252,7 +253,7 @@ pub const KEYS: &[Key] = &[
         Kind::Events,
         "document.*",
         "Event types, see `docs/events.md`; `document.conflicted` and `document.resolved` need `conflicts`. Default with `watch = replications`: all but `replication.initializing`, \
-         `replication.pending` and `replication.running`; with `watch = daemon`: `*`.",
+         `replication.pending` and `replication.running`; with `watch = databases` and `watch = daemon`: `*`.",
     ),
     webhook(
         "poll_interval",

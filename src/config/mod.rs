@@ -28,7 +28,7 @@ use crate::pure::guard::Guard;
 use crate::pure::lease::Mode;
 use crate::pure::message::Watch;
 use crate::pure::nearest::nearest_of;
-use crate::pure::pattern::Pattern;
+use crate::pure::pattern::{Pattern, Selection};
 use crate::pure::rate::RateLimit;
 use crate::pure::secret::Secret;
 use crate::pure::transitions;
@@ -269,6 +269,8 @@ pub struct Webhook {
     pub db: Vec<String>,
     /// Databases that are found: those of `db` are not among them.
     pub patterns: Option<Pattern>,
+    /// With `watch = databases`: which; `db` is `state_db` then.
+    pub selection: Option<Selection>,
     /// Where to start in the databases that exist when the webhook first starts.
     pub since: Since,
     /// How replications are looked at.
@@ -328,6 +330,9 @@ pub struct Webhook {
 impl Webhook {
     /// Its databases and patterns as one writes them, for people: `orders, tenant-*, !tenant-test`.
     pub fn databases(&self) -> String {
+        if let Some(selection) = &self.selection {
+            return selection.to_string();
+        }
         let named = self.db.iter().cloned();
         named.chain(self.patterns.as_ref().map(Pattern::to_string)).collect::<Vec<_>>().join(", ")
     }

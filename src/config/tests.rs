@@ -127,6 +127,7 @@ fn defaults_are_those_of_the_table() {
                         "orders",
                     ],
                     patterns: None,
+                    selection: None,
                     since: Now,
                     polling: Polling {
                         interval: 5s,
@@ -468,7 +469,7 @@ fn faults_of_a_webhook_are_said() {
             "watch = replications"
                 fine
             "watch = dogs"
-                watch: expected `changes` or `replications` or `daemon`, got `dogs`
+                watch: expected `changes` or `databases` or `replications` or `daemon`, got `dogs`
             "db = tenant-*"
                 fine
             "db = *"

@@ -10,6 +10,7 @@ use serde_json::Value as Json;
 use crate::config::keys;
 use crate::pure::about;
 use crate::pure::conflict::{CONFLICTED, RESOLVED};
+use crate::pure::database_events;
 use crate::pure::guard::Network;
 use crate::pure::message::{DELETED, UPDATED};
 use crate::pure::pattern::{is_pattern, is_system_database};
@@ -289,6 +290,12 @@ pub(crate) fn replication_events(text: &str) -> Result<Vec<String>, String> {
     let expected =
         "types such as `replication.failed`, `replication.recovered` or a pattern such as `replication.*`";
     events_of(&transitions::TYPES, expected, text)
+}
+
+/// Likewise of databases.
+pub(crate) fn database_events(text: &str) -> Result<Vec<String>, String> {
+    let expected = "types such as `database.created`, `database.deleted` or a pattern such as `database.*`";
+    events_of(&database_events::TYPES, expected, text)
 }
 
 fn events_of(types: &[&str], expected: &str, text: &str) -> Result<Vec<String>, String> {

@@ -17,7 +17,7 @@ use crate::pure::format::Format;
 use crate::pure::guard::{self, Guard, Level};
 use crate::pure::lease::Mode;
 use crate::pure::message::{DELETED, UPDATED, Watch, matches};
-use crate::pure::pattern::{Pattern, fits, is_pattern};
+use crate::pure::pattern::{Pattern, Selection, fits, is_pattern};
 use crate::pure::redact::document::Redaction;
 use crate::pure::secret::Secret;
 use crate::pure::transitions;
@@ -45,18 +45,22 @@ pub(crate) fn parse(
     let watch = match reader.word("watch", &keys::WATCH_LATER) {
         "daemon" => Watch::Daemon,
         "replications" => Watch::Replications,
+        "databases" => Watch::Databases,
         _ => Watch::Changes,
     };
     let (db, patterns) = match watch {
         Watch::Changes => databases(&mut reader, name, state_db),
         Watch::Daemon => (vec![state_db.unwrap_or_default().to_owned()], None),
         Watch::Replications => (replicator_databases(&mut reader), None),
+        Watch::Databases => (vec![state_db.unwrap_or_default().to_owned()], None),
     };
+    let selection = (watch == Watch::Databases).then(|| selection(&mut reader, state_db));
     let format = Format::parse(reader.word("format", &[])).expect("the table's words are those of formats");
     match watch {
         Watch::Changes => {}
         Watch::Daemon => no_changes(&mut reader, "daemon", &["db"], format),
         Watch::Replications => no_changes(&mut reader, "replications", &[], format),
+        Watch::Databases => no_changes(&mut reader, "databases", &[], format),
     }
     let webhook = Webhook {
         name: name.to_owned(),
@@ -64,11 +68,15 @@ pub(crate) fn parse(
         watch,
         db,
         patterns,
+        selection,
         since: since(&mut reader),
         events: match watch {
             Watch::Changes => reader.with_default("events", values::events),
             Watch::Daemon => {
                 reader.read_set("events", values::daemon_events).unwrap_or_else(|| vec!["*".to_owned()])
+            }
+            Watch::Databases => {
+                reader.read_set("events", values::database_events).unwrap_or_else(|| vec!["*".to_owned()])
             }
             Watch::Replications => {
                 reader.read_set("events", values::replication_events).unwrap_or_else(|| {
@@ -157,6 +165,14 @@ fn databases(reader: &mut Reader<'_>, name: &str, state_db: Option<&str>) -> Dat
         reader.error("db", format!("without it the webhook's own name counts: {why}"));
         Databases::default()
     })
+}
+
+/// Which databases a webhook on databases tells of; all of them where nothing is said.
+fn selection(reader: &mut Reader<'_>, state_db: Option<&str>) -> Selection {
+    let parse = |text: &str| databases_of(text, state_db);
+    let given = reader.read_set("db", parse);
+    let (named, pattern) = given.unwrap_or_else(|| parse("*").expect("it is a pattern"));
+    Selection { named, pattern }
 }
 
 /// `orders, tenant-*, !tenant-test`

@@ -111,6 +111,11 @@ impl Feed {
         FeedCloser::of(&self.line)
     }
 
+    /// Whether it was closed since this was last asked, for whoever waits for something else in the feed's place.
+    pub fn take_closed(&self) -> bool {
+        self.line.take_cut()
+    }
+
     /// Makes one request and hands its items over after every read, until it ends. `on_items` gets only rows and
     /// ends, in the order they came, and may leave the vector as it is or take them out.
     ///

@@ -10,6 +10,7 @@ mod gate;
 pub mod leases;
 pub mod letters;
 pub mod local_docs;
+pub mod look_into;
 pub mod node_config;
 pub mod refusal;
 pub mod requests;

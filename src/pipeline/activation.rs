@@ -15,9 +15,9 @@ use crate::couch::requests::{self, Command, Progress, Request};
 use crate::couch::roster_docs;
 use crate::couch::state_db::{self, DeadLetterClass, WebhookRecord};
 use crate::error::{Context, Error, Kind, Result};
-use crate::pipeline::Shared;
 use crate::pipeline::starting_points;
 use crate::pipeline::store::change_record;
+use crate::pipeline::{Shared, watcher};
 use crate::pure::checkpoint::{Checkpoint, Mark};
 use crate::pure::dispatch::SuspectLetter;
 use crate::pure::message::{Watch, WebhookId};
@@ -172,6 +172,7 @@ pub(crate) fn start_database(
     if webhook.since == Since::Now && opened.checkpoint_rev.is_none() {
         let through_seq = match webhook.watch {
             Watch::Replications => replication::position_now(),
+            Watch::Databases => watcher::position_now(),
             Watch::Changes | Watch::Daemon => {
                 feed::resolve_now(server, db, generation).context(|| format!("database `{db}`"))?
             }

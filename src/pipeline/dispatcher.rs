@@ -289,6 +289,11 @@ fn say_start(shared: &Shared, webhook: &config::Webhook, active: &Active) -> boo
     if webhook.watch == Watch::Daemon {
         let first = if active.first { "starts for the first time" } else { "goes on" };
         log::info!("webhook `{name}` {first}: tells events about couch-hookd itself");
+    } else if webhook.watch == Watch::Databases {
+        let first = if active.first { "starts for the first time" } else { "goes on" };
+        log::info!(
+            "webhook `{name}` {first}: tells which of the databases `{databases}` come, change and go"
+        );
     } else if webhook.watch == Watch::Replications {
         let first = match (active.first, &webhook.since) {
             (true, config::Since::Now) => "starts for the first time, from now on,",

@@ -23,6 +23,7 @@ use crate::couch::feed::{Feed, FeedCloser, FeedEnd, FeedKind, FeedRequest};
 use crate::couch::local_docs;
 use crate::error::{Error, Kind, Result};
 use crate::pipeline::Shared;
+use crate::pipeline::watcher::{Watched, Watcher, Watching};
 use crate::pure::changes::Item;
 use crate::pure::checkpoint::{Checkpoint, Mark, Seek};
 use crate::pure::conflict;
@@ -146,6 +147,8 @@ pub struct Reading {
     telling: Arc<Telling>,
     /// Reads in the place of a feed, with `watch = replications`.
     monitor: Option<Monitor>,
+    /// The same, with `watch = databases`.
+    watcher: Option<Watcher>,
     /// Where a command has set the webhook.
     seek: Option<Seek>,
     flow: FlowIndex,
@@ -189,11 +192,25 @@ impl Reading {
             };
             Monitor::new(looking, &shared.hookd)
         });
+        let watcher = webhook.selection.clone().map(|selection| {
+            let state_db = shared.state_db.clone();
+            Watcher::new(Watching {
+                server: shared.server.clone(),
+                key: shared.key.clone(),
+                telling: Telling::clone(telling),
+                wanted: Arc::new(move |db| selection.has(db, &state_db)),
+                lookout: Arc::clone(&shared.lookout),
+                seek: seek.clone(),
+                hold: Arc::clone(&shared.hold),
+                stopping: Arc::clone(&stopping),
+            })
+        });
         Reading {
             shared: shared.clone(),
             filter: webhook.filter.clone(),
             telling: Arc::clone(telling),
             monitor,
+            watcher,
             seek,
             flow,
             to: to.clone(),
@@ -281,6 +298,9 @@ impl Reading {
         if let Some(monitor) = &mut self.monitor {
             monitor.open(&welcome, opened.mark, checkpoint.as_ref().map(|(through_seq, _)| through_seq))?;
         }
+        if let Some(watcher) = &mut self.watcher {
+            watcher.open(&welcome, opened.mark, checkpoint.as_ref().map(|(through_seq, _)| through_seq))?;
+        }
         // Once: from then on the flow knows best, for only it changes what is stored.
         let conflicted = match self.telling.remembers() && self.conflicts_of != Some(opened.mark) {
             true => {
@@ -323,6 +343,9 @@ impl Reading {
         }
         if self.monitor.is_some() {
             return self.monitor(feed, &since, kind);
+        }
+        if self.watcher.is_some() {
+            return self.watch(feed, &since, kind);
         }
         let mark = known.mark.to_string();
         let request = FeedRequest {
@@ -398,6 +421,25 @@ impl Reading {
                 Ok(self.end(Some(last_seq), None, closed))
             }
         }
+    }
+
+    /// What is told of databases behind a position, in the place of changes.
+    fn watch(&mut self, feed: &Feed, since: &Seq, kind: FeedKind) -> Result<Fed> {
+        let (flow, to) = (self.flow, &self.to);
+        let mut emit = |rows: Vec<Arrived>| to.send(Fed::Rows(flow, rows)).is_ok();
+        let watcher = self.watcher.as_mut().expect("asked by the caller");
+        let (last_seq, closed) = match kind {
+            FeedKind::Page { limit } => {
+                let (rows, last_seq) = watcher.page(since, limit as usize);
+                (last_seq, !rows.is_empty() && !emit(rows))
+            }
+            FeedKind::Continuous { timeout } => {
+                let Watched { last_seq, closed } =
+                    watcher.wait(&|| feed.take_closed(), since, timeout, &mut emit)?;
+                (last_seq, closed)
+            }
+        };
+        Ok(self.end(Some(last_seq), None, closed))
     }
 
     fn end(&self, last_seq: Option<Seq>, pending: Option<u64>, closed: bool) -> Fed {

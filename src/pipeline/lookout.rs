@@ -1,9 +1,10 @@
 //! The lookout: one for each CouchDB, looks at all databases for whoever finds databases by pattern.
 //!
 //! ```text
-//! hints:   _db_updates --> Hints <-- update_notification
-//!                            |
-//! lookout: _all_dbs, _dbs_info, Hints --Sighting--> subscribers
+//! db_updates: _db_updates --> Hints <-- update_notification
+//!                               |
+//! hints:                        `---------Sighting--> subscribers
+//! lookout:    _all_dbs, _dbs_info --------Sighting-->
 //! ```
 //!
 //! Guarantees that hints are passed on at once and that, whatever hints do, every wanted database is looked at again and
@@ -11,7 +12,7 @@
 //! whoever subscribes compares, and reads. It runs only while there are subscribers. A subscriber that does not listen
 //! holds up the others for `PATIENCE` at most, and then misses something, which brings another walk.
 
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -75,6 +76,7 @@ struct Inner {
     outage: Arc<Outage>,
     settings: Settings,
     subscribers: Mutex<Vec<Subscriber>>,
+    n_subscriptions: AtomicU64,
     news: Mutex<News>,
     /// Full: the lookout is to see what is new.
     wake: Sender<()>,
@@ -89,11 +91,14 @@ struct Inner {
 #[derive(Default)]
 struct News {
     joined: bool,
+    hinted: bool,
     hints_gone: bool,
+    hints_lost: bool,
     missed: bool,
 }
 
 struct Subscriber {
+    id: u64,
     wanted: Wanted,
     to: Sender<Sighting>,
     /// Since the present walk began.
@@ -111,6 +116,7 @@ impl Lookout {
             outage,
             settings: Settings { interval: hookd.sweep_interval, rate: hookd.sweep_rate },
             subscribers: Mutex::default(),
+            n_subscriptions: AtomicU64::new(0),
             news: Mutex::default(),
             wake,
             woken,
@@ -134,12 +140,14 @@ impl Lookout {
         if threads.running.is_empty() {
             let updates = DbUpdates::new(&self.inner.server);
             let closer = updates.closer();
-            let (lookout, hints) = (Arc::clone(&self.inner), Arc::clone(&self.inner));
+            let [lookout, hints, following] = [(); 3].map(|()| Arc::clone(&self.inner));
             threads.running.push(sys::spawn("lookout", move || State::new(lookout).run())?);
-            threads.running.push(sys::spawn("hints", move || follow(&hints, updates))?);
+            threads.running.push(sys::spawn("hints", move || hints.pass_on_all())?);
+            threads.running.push(sys::spawn("db_updates", move || follow(&following, updates))?);
             threads.closer = Some(closer);
         }
-        lock(&self.inner.subscribers).push(Subscriber { wanted, to, has_missed: false });
+        let id = self.inner.n_subscriptions.fetch_add(1, Ordering::Relaxed);
+        lock(&self.inner.subscribers).push(Subscriber { id, wanted, to, has_missed: false });
         self.inner.tell(|news| news.joined = true);
         Ok(())
     }
@@ -182,24 +190,24 @@ impl Inner {
 
     /// Sends each subscriber what `of` gives for it; those that listen no more are let go. Whether somebody missed it.
     fn send(&self, of: impl Fn(&Subscriber) -> Option<Sighting>) -> bool {
+        // Not sent with the lock held: one who does not listen holds up nobody who subscribes or hints.
+        let due: Vec<(u64, Sender<Sighting>, Sighting)> = lock(&self.subscribers)
+            .iter()
+            .filter_map(|subscriber| Some((subscriber.id, subscriber.to.clone(), of(subscriber)?)))
+            .collect();
         let mut somebody_missed = false;
-        // Taken out, so that nobody who subscribes meanwhile waits for one who does not listen.
-        let mut subscribers = std::mem::take(&mut *lock(&self.subscribers));
-        subscribers.retain_mut(|subscriber| {
-            let Some(sighting) = of(subscriber) else { return true };
-            match self.send_one(&subscriber.to, sighting) {
-                Ok(()) => true,
-                Err(SendTimeoutError::Disconnected(_)) => false,
-                Err(SendTimeoutError::Timeout(_)) => {
-                    subscriber.has_missed = true;
+        for (id, to, sighting) in due {
+            let Err(error) = self.send_one(&to, sighting) else { continue };
+            let mut subscribers = lock(&self.subscribers);
+            match error {
+                SendTimeoutError::Disconnected(_) => subscribers.retain(|subscriber| subscriber.id != id),
+                SendTimeoutError::Timeout(_) => {
                     somebody_missed = true;
-                    true
+                    let missed = subscribers.iter_mut().filter(|subscriber| subscriber.id == id);
+                    missed.for_each(|subscriber| subscriber.has_missed = true);
                 }
             }
-        });
-        let mut now = lock(&self.subscribers);
-        subscribers.append(&mut now);
-        *now = subscribers;
+        }
         somebody_missed
     }
 
@@ -218,6 +226,33 @@ impl Inner {
                 sent => return sent,
             }
         }
+    }
+}
+
+impl Inner {
+    /// The thread `hints`: it waits for no answer of CouchDB's, so that a hint waits for none either.
+    fn pass_on_all(&self) {
+        let (hinted, stopped) = (self.hints.woken(), self.stopped.clone());
+        while !self.is_stopping() {
+            select! {
+                recv(hinted) -> _ => self.pass_on(),
+                recv(stopped) -> _ => return,
+            }
+        }
+    }
+
+    /// Passes hints on, to those who want one of their databases.
+    fn pass_on(&self) {
+        let Taken { hints, overflowed } = self.hints.take();
+        let hints = Arc::new(hints);
+        let missed = self.send(|subscriber| {
+            let is_wanted = hints.iter().any(|hint| (subscriber.wanted)(hint.db()));
+            is_wanted.then(|| Sighting::Hinted(Arc::clone(&hints)))
+        });
+        self.tell(|news| {
+            news.hinted |= !hints.is_empty();
+            news.hints_lost |= overflowed || missed;
+        });
     }
 }
 
@@ -248,8 +283,7 @@ impl State {
     }
 
     fn run(mut self) {
-        let (hinted, woken, stopped) =
-            (self.inner.hints.woken(), self.inner.woken.clone(), self.inner.stopped.clone());
+        let (woken, stopped) = (self.inner.woken.clone(), self.inner.stopped.clone());
         while !self.inner.is_stopping() {
             let now = sys::now();
             let left = match lock(&self.inner.subscribers).is_empty() {
@@ -261,7 +295,6 @@ impl State {
                 self.step();
             }
             select! {
-                recv(hinted) -> _ => self.pass_on(),
                 recv(woken) -> _ => self.hear(),
                 recv(stopped) -> _ => return,
                 default(left) => self.say(sys::now()),
@@ -271,31 +304,22 @@ impl State {
 
     /// What others told us.
     fn hear(&mut self) {
-        let News { joined, hints_gone, missed } = std::mem::take(&mut *lock(&self.inner.news));
+        let News { joined, hinted, hints_gone, hints_lost, missed } =
+            std::mem::take(&mut *lock(&self.inner.news));
         if joined {
             self.sweep.restart();
+        }
+        if hinted {
+            self.sweep.on_hint(sys::now());
         }
         if hints_gone {
             self.sweep.on_hints_gone(sys::now());
         }
+        if hints_lost {
+            self.sweep.on_hints_lost();
+        }
         if missed {
             self.sweep.on_missed(sys::now());
-        }
-    }
-
-    /// Passes hints on, to those who want their databases.
-    fn pass_on(&mut self) {
-        let Taken { hints, overflowed } = self.inner.hints.take();
-        if !hints.is_empty() {
-            self.sweep.on_hint(sys::now());
-        }
-        let hints = Arc::new(hints);
-        let missed = self.inner.send(|subscriber| {
-            let is_wanted = hints.iter().any(|hint| (subscriber.wanted)(hint.db()));
-            is_wanted.then(|| Sighting::Hinted(Arc::clone(&hints)))
-        });
-        if overflowed || missed {
-            self.sweep.on_hints_lost();
         }
     }
 
@@ -392,7 +416,7 @@ impl State {
     }
 }
 
-/// The thread `hints`: follows `_db_updates` for as long as we run.
+/// The thread `db_updates`: follows it for as long as we run.
 fn follow(inner: &Inner, mut updates: DbUpdates) {
     let (mut complaint, mut n_failed, mut has_heard) = (Complaint::default(), 0, false);
     while !inner.is_stopping() {

@@ -28,6 +28,7 @@ mod report;
 mod starting_points;
 pub mod store;
 mod subscription;
+pub mod watcher;
 pub mod webhook;
 pub mod workers;
 

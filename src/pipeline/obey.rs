@@ -131,6 +131,14 @@ fn once(record: &mut WebhookRecord, request: &Request, change: impl FnOnce(&mut 
 /// # Errors
 /// `BadRequest` for one that tells of replications.
 pub fn check_has_places(webhook: &config::Webhook) -> Result<()> {
+    if webhook.watch == Watch::Databases {
+        let found = format!(
+            "webhook `{}`: `watch = databases` has no places to go to: CouchDB tells how its databases are now, not how \
+             they were",
+            webhook.name
+        );
+        return Err(Error::new(Kind::BadRequest, found));
+    }
     if webhook.watch != Watch::Replications {
         return Ok(());
     }

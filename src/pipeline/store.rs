@@ -24,6 +24,7 @@ use crate::pure::about::{self, Tell};
 use crate::pure::changes::{Row, RowDoc};
 use crate::pure::checkpoint::Mark;
 use crate::pure::conflict::{self, Conflict, LeafDocs, Standing};
+use crate::pure::database_events;
 use crate::pure::dispatch::{Asked, Fetched, SuspectLetter};
 use crate::pure::document::Document;
 use crate::pure::endpoint::WINDOW_EVENTS;
@@ -365,7 +366,7 @@ impl State {
 
     /// Reads a document as a feed would show it.
     fn fetch(&self, telling: &Telling, letter: &SuspectLetter, mark: Mark) -> Result<Fetched> {
-        if telling.watch == Watch::Replications {
+        if matches!(telling.watch, Watch::Replications | Watch::Databases) {
             let stored =
                 state_db::dead_letter(&self.shared.server, &self.shared.state_db, &letter.id.to_string())?;
             return Ok(now_or_gone(stored.and_then(|stored| of_payload(&stored))));
@@ -391,8 +392,8 @@ impl State {
         mark: Mark,
         asked: Asked,
     ) -> Result<Fetched> {
-        if telling.watch == Watch::Replications {
-            // What was told of a replication stands in the letter, and nowhere else.
+        if matches!(telling.watch, Watch::Replications | Watch::Databases) {
+            // What was told of a replication, or a database, stands in the letter, and nowhere else.
             return Ok(now_or_gone(of_payload(letter)));
         }
         if letter.mark != mark {
@@ -528,7 +529,9 @@ fn is_passing(kind: Kind) -> bool {
 fn of_payload(letter: &DeadLetter) -> Option<Event> {
     let id = WebhookId::parse(&letter.id)?;
     let payload = letter.payload.as_ref()?.get();
-    telling::event_of_letter(id, &letter.event_type, &letter.doc_id, letter.first_attempt_at, payload)
+    let (event_type, at) = (&letter.event_type, letter.first_attempt_at);
+    telling::event_of_letter(id, event_type, &letter.doc_id, at, payload)
+        .or_else(|| database_events::telling::event_of_letter(id, event_type, &letter.doc_id, at, payload))
 }
 
 fn now_or_gone(event: Option<Event>) -> Fetched {

@@ -4,10 +4,13 @@
 //! (secrets of `_users` and of replications) is in none, and that the same event has the same body. Signing and sending
 //! are left to others.
 
+use std::borrow::Cow;
 use std::fmt;
 
+use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, utf8_percent_encode};
+
 use crate::pure::conflict::LeafDocs;
-use crate::pure::message::{DELETED, Event, EventDoc, Rfc3339, Telling, UPDATED, WebhookId};
+use crate::pure::message::{DELETED, Event, EventDoc, Rfc3339, Telling, UPDATED, Watch, WebhookId};
 
 /// The shape of a webhook's bodies.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -23,6 +26,9 @@ pub enum Format {
     /// A document for a CouchDB, its `_id` the `webhook-id`.
     CouchdbDoc,
 }
+
+/// What stands in the last segment of a `source` as it is: RFC 3986's unreserved characters.
+const SEGMENT: &AsciiSet = &NON_ALPHANUMERIC.remove(b'-').remove(b'_').remove(b'.').remove(b'~');
 
 /// Characters of a Slack text that come from somebody else, at most: ids may be long, messages of chats may not.
 const SLACK_CHARS_MAX: usize = 300;
@@ -127,10 +133,22 @@ fn push_standard(out: &mut Vec<u8>, open: &str, telling: &Telling, event: &Event
     push_str(out, "\",\"timestamp\":\"");
     out.extend_from_slice(&Rfc3339(event.read_at).text());
     push_str(out, "\",\"source\":");
-    push_text(out, &telling.source);
+    push_text(out, &source(telling, event));
     push_str(out, ",\"data\":");
     push_data(out, telling, event);
     out.push(b'}');
+}
+
+/// Where people know the database that is told of.
+fn source<'a>(telling: &'a Telling, event: &Event) -> Cow<'a, str> {
+    match &event.about {
+        // Kept in `state_db`, about another one.
+        Some(about) if telling.watch == Watch::Databases => {
+            let server = telling.source.rsplit_once('/').map_or("", |(server, _)| server);
+            Cow::Owned(format!("{server}/{}", utf8_percent_encode(&about.subject, SEGMENT)))
+        }
+        _ => Cow::Borrowed(&telling.source),
+    }
 }
 
 /// Types and `subject` after the adapter for CouchDB; `id` and `data` are ours, because a `seq` names nothing for long.
@@ -140,7 +158,7 @@ fn push_cloudevent(out: &mut Vec<u8>, telling: &Telling, event: &Event) {
     push_str(out, "{\"specversion\":\"1.0\",\"id\":\"");
     out.extend_from_slice(&event.id.text());
     push_str(out, "\",\"source\":");
-    push_text(out, &telling.source);
+    push_text(out, &source(telling, event));
     let event_type = event.event_type();
     let adapters = matches!(event_type, UPDATED | DELETED);
     push_str(out, if adapters { ",\"type\":\"org.apache.couchdb." } else { ",\"type\":\"couch-hookd." });

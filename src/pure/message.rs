@@ -217,6 +217,8 @@ pub enum Watch {
     Daemon,
     /// States of replications, as CouchDB's scheduler and their documents tell them.
     Replications,
+    /// Databases themselves: that they came, changed, went.
+    Databases,
 }
 
 /// What one subscription tells: everything that turns its rows into events and events into bodies.

@@ -4,6 +4,7 @@ pub mod about;
 pub mod changes;
 pub mod checkpoint;
 pub mod conflict;
+pub mod database_events;
 pub mod db_update;
 pub mod dispatch;
 pub mod document;

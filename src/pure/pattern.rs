@@ -57,6 +57,31 @@ impl fmt::Display for Pattern {
     }
 }
 
+/// Databases by name, and what finds others: for whoever makes no difference between the two.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Selection {
+    /// Those named singly.
+    pub named: Vec<String>,
+    /// What finds others.
+    pub pattern: Option<Pattern>,
+}
+
+impl Selection {
+    /// Whether the database is one of them.
+    pub fn has(&self, db: &str, state_db: &str) -> bool {
+        self.named.iter().any(|named| named == db)
+            || self.pattern.as_ref().is_some_and(|pattern| pattern.matches(db, state_db))
+    }
+}
+
+impl fmt::Display for Selection {
+    /// As one writes it: `orders, tenant-*, !tenant-test`.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let pattern = self.pattern.as_ref().map(Pattern::to_string);
+        f.write_str(&self.named.iter().cloned().chain(pattern).collect::<Vec<_>>().join(", "))
+    }
+}
+
 /// Whether a text is a pattern rather than a name.
 pub fn is_pattern(text: &str) -> bool {
     text.contains(['*', '?'])

@@ -6,8 +6,12 @@ use std::time::Duration;
 use couch_hookd::couch::client::{Generation, Server, db_path};
 use couch_hookd::couch::databases::{Info, Looker, PAGE, Walk};
 use couch_hookd::couch::db_updates::{DbUpdates, Heard};
+use couch_hookd::couch::look_into::look_into;
 use couch_hookd::error::Kind;
+use couch_hookd::pure::checkpoint::Mark;
+use couch_hookd::pure::database_events::Found;
 use couch_hookd::pure::hint::Hint;
+use couch_hookd::pure::seq::Seq;
 use couch_hookd::standin::couch::{Flavour, Options, StandIn};
 use couch_hookd::standin::quirks::{Fault, FaultKind};
 use couch_hookd::sys;
@@ -270,4 +274,62 @@ fn only_admins_are_told() {
 
 fn server(couch: &StandIn) -> Server {
     Server::new(&crate::couch::hookd(&couch.url())).unwrap()
+}
+
+#[test]
+fn a_look_into_a_database_tells_what_happened_since_the_last() {
+    each_world("look", |world| {
+        let World { server, db, generation, .. } = &world;
+        let look = |known: Option<&Found>| {
+            let known = known.map(|found| (found.mark, found.through.clone()));
+            look_into(server, *generation, db, known.as_ref(), &sys::sleep).unwrap().unwrap()
+        };
+        let told = |found: &Found| (found.has_changed, found.ddocs.clone());
+        let nothing = (false, Vec::new());
+        world.put("a", "{}");
+        let first = look(None);
+        let idle = look(Some(&first));
+        assert_eq!((idle.mark, told(&idle)), (first.mark, nothing.clone()));
+        world.put("b", "{}");
+        let second = look(Some(&first));
+        assert_eq!((second.mark, told(&second)), (first.mark, (true, Vec::new())));
+        assert_eq!(told(&look(Some(&second))), nothing, "from where the look before ended");
+        world.put("_design/v", "{}");
+        let third = look(Some(&second));
+        assert_eq!(told(&third), (true, vec!["_design/v".to_owned()]));
+        // More than a page, the design document somewhere among them.
+        for n in 0..130 {
+            world.put(&format!("many{n}"), "{}");
+            if n == 60 {
+                world.put("_design/w", "{}");
+            }
+        }
+        let fourth = look(Some(&third));
+        assert_eq!(told(&fourth), (true, vec!["_design/w".to_owned()]));
+        assert_eq!(told(&look(Some(&fourth))), nothing);
+        world.create();
+        let again = look(Some(&fourth));
+        assert_ne!(again.mark, fourth.mark);
+        server.request(&Method::DELETE, &db_path(db, &[]), None, &[]).unwrap();
+        let known = (again.mark, again.through);
+        assert_eq!(look_into(server, *generation, db, Some(&known), &sys::sleep).unwrap(), None);
+    });
+}
+
+/// 1.x: what a killed server lost is written anew under numbers that were used before.
+#[test]
+fn a_look_sees_that_a_server_went_back() {
+    let couch = StandIn::start(Options::new(Flavour::V1)).unwrap();
+    couch.create_db("a");
+    let server = server(&couch);
+    let look = |known: Option<&(Mark, Seq)>| {
+        look_into(&server, Generation::One, "a", known, &sys::sleep).unwrap().unwrap()
+    };
+    look(None);
+    (0..5).for_each(|n| drop(couch.put("a", &n.to_string(), &serde_json::json!({})).unwrap()));
+    let Found { mark, through, .. } = look(None);
+    assert_eq!(couch.crash_losing("a", 3), 3);
+    couch.start_again().unwrap();
+    let after = look(Some(&(mark, through)));
+    assert!(after.has_changed && after.through.as_json() == "2", "{after:?}");
 }

@@ -44,6 +44,7 @@ mod standin;
 mod standin_recorded;
 mod standin_replicator;
 mod trial;
+mod watcher;
 mod world;
 
 mod outside;

@@ -46,6 +46,7 @@ const IMPORTS: &[(&str, &[&str])] = &[
 const TESTS: &[&str] = &[
     "src/daemon/leases/tests.rs",
     "src/pure/simulation.rs",
+    "src/pure/database_events/tests.rs",
     "src/pure/dispatch/tests.rs",
     "src/pure/endpoint/tests.rs",
     "src/pure/flow/tests.rs",

@@ -68,7 +68,8 @@ pub(crate) fn check(hookd: &Hookd, webhooks: &[Webhook], report: &mut Report<'_>
         for db in webhook.db.iter().filter(|_| webhook.watch == Watch::Replications) {
             check_replicator(&server, generation, webhook, db, report)?;
         }
-        if let Some(pattern) = &webhook.patterns {
+        let selected = webhook.selection.as_ref().and_then(|selection| selection.pattern.as_ref());
+        if let Some(pattern) = webhook.patterns.as_ref().or(selected) {
             patterns::check(&server, hookd, &webhook.name, pattern, is_admin, report)?;
         }
         if generation > Generation::One {

@@ -40,7 +40,7 @@ pub(crate) fn ask(setup: &Setup, webhook: &Webhook) -> Vec<Right> {
             Watch::Replications => format!(
                 "server admin: asks the scheduler about `{db}`, reads its documents, writes `_local` documents"
             ),
-            Watch::Changes | Watch::Daemon => {
+            Watch::Changes | Watch::Daemon | Watch::Databases => {
                 format!("member of `{db}`: reads its changes, writes two `_local` documents")
             }
         };
@@ -64,6 +64,13 @@ pub(crate) fn ask(setup: &Setup, webhook: &Webhook) -> Vec<Right> {
     }
     if let Some(pattern) = &webhook.patterns {
         let what = format!("server admin: lists databases to find `{pattern}`, and hears of changes in them");
+        let why = "we are none; give `username` and `password` of one in [hookd]";
+        rights.push(Right { what, missing: (!who.is_admin).then(|| why.to_owned()) });
+    }
+    if let Some(selection) = &webhook.selection {
+        let what = format!(
+            "server admin: lists databases, hears of changes in `{selection}`, writes a `_local` document into each"
+        );
         let why = "we are none; give `username` and `password` of one in [hookd]";
         rights.push(Right { what, missing: (!who.is_admin).then(|| why.to_owned()) });
     }

@@ -58,7 +58,9 @@ pub(crate) fn of(setup: &Setup, webhook: &Webhook) -> Vec<Setting> {
 fn has_meaning(webhook: &Webhook, key: &Key) -> bool {
     match webhook.watch {
         Watch::Replications => !OF_CHANGES.contains(&key.name),
-        Watch::Daemon => !OF_CHANGES.contains(&key.name) && !OF_REPLICATIONS.contains(&key.name),
+        Watch::Daemon | Watch::Databases => {
+            !OF_CHANGES.contains(&key.name) && !OF_REPLICATIONS.contains(&key.name)
+        }
         Watch::Changes => !OF_REPLICATIONS.contains(&key.name),
     }
 }
@@ -83,6 +85,7 @@ fn inherited(setup: &Setup, webhook: &Webhook, key: &Key) -> (String, String) {
         (Section::Webhook, "db") if webhook.watch == Watch::Daemon => {
             (webhook.db.join(", "), "state_db".to_owned())
         }
+        (Section::Webhook, "db") if webhook.watch == Watch::Databases => (webhook.databases(), default()),
         (Section::Webhook, "db") if webhook.watch == Watch::Replications => {
             (webhook.db.join(", "), default())
         }

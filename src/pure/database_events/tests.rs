@@ -1,0 +1,264 @@
+//! What is told of databases, and that a kill at any moment loses none of it.
+
+use std::collections::BTreeMap;
+
+use super::*;
+use crate::pure::checkpoint::StateKey;
+
+fn ours() -> Mark {
+    mark(0)
+}
+
+fn mark(life: u8) -> Mark {
+    Mark::new([life; 16])
+}
+
+fn found(life: u8, has_changed: bool) -> Found {
+    let through = Seq::from_json(&format!("\"{life}-g1\"")).unwrap();
+    Found { mark: mark(life), through, has_changed, ddocs: Vec::new() }
+}
+
+fn machine() -> DatabaseEvents {
+    DatabaseEvents::new("dbs", ours(), vec![None; BUCKETS], 0, false)
+}
+
+/// Stores what is dirty; gives what is stored of each then.
+fn store(machine: &mut DatabaseEvents, stored: &mut [Option<Bucket>]) {
+    let dirty: Vec<(usize, Bucket)> =
+        machine.dirty().into_iter().map(|(index, bucket)| (index, bucket.clone())).collect();
+    for (index, bucket) in dirty {
+        stored[index] = Some(bucket);
+        machine.on_stored(index);
+    }
+}
+
+fn stored_all(machine: &mut DatabaseEvents) -> Vec<Option<Bucket>> {
+    let mut stored = vec![None; BUCKETS];
+    store(machine, &mut stored);
+    stored
+}
+
+/// `created a`, in order, of all that would be sent; none of it counts as sent.
+fn waiting(machine: &DatabaseEvents) -> Vec<String> {
+    let mut events: Vec<&Kept> = machine.buckets.iter().flat_map(|bucket| &bucket.events).collect();
+    events.sort_by_key(|kept| kept.n);
+    events
+        .iter()
+        .map(|kept| format!("{} {}", kept.event_type.trim_start_matches("database."), kept.key))
+        .collect()
+}
+
+#[test]
+fn coming_changing_and_going_are_told() {
+    let (mut machine, at) = (machine(), Timestamp::UNIX_EPOCH);
+    let check = |machine: &mut DatabaseEvents, expected: &[&str]| {
+        stored_all(machine);
+        let sent = machine.events_after(machine.handed, 100);
+        let texts: Vec<String> =
+            sent.iter().map(|kept| format!("{} {}", kept.event_type, kept.data)).collect();
+        assert_eq!(texts, expected);
+    };
+    assert!(machine.on_seen("a", 1));
+    machine.on_found("a", found(1, true), Some(1), at);
+    check(&mut machine, &[r#"database.created {"db":"a","webhook":"dbs"}"#]);
+    assert!(!machine.on_seen("a", 1) && machine.on_seen("a", 2));
+    machine.on_found("a", found(1, false), Some(2), at);
+    check(&mut machine, &[]);
+    assert!(!machine.on_seen("a", 1) && !machine.on_seen("a", 2), "one state has several spellings");
+    let ddocs = vec!["_design/v".to_owned()];
+    machine.on_found("a", Found { ddocs, ..found(1, true) }, Some(3), at);
+    let ddoc = r#"database.ddoc_updated {"db":"a","id":"_design/v","webhook":"dbs"}"#;
+    check(&mut machine, &[r#"database.updated {"db":"a","webhook":"dbs"}"#, ddoc]);
+    assert!(machine.on_seen("a", 1), "what was clean before a change is not after it");
+    machine.on_found("a", found(2, true), Some(4), at);
+    check(&mut machine, &[r#"database.recreated {"db":"a","webhook":"dbs"}"#]);
+    machine.on_gone("a", at);
+    machine.on_gone("a", at);
+    check(&mut machine, &[r#"database.deleted {"db":"a","webhook":"dbs"}"#]);
+}
+
+#[test]
+fn what_was_there_at_the_first_start_is_known_and_what_comes_later_is_told() {
+    let at = Timestamp::UNIX_EPOCH;
+    let mut machine = DatabaseEvents::new("dbs", ours(), vec![None; BUCKETS], 0, true);
+    assert!(machine.is_first_look());
+    machine.on_there(["a", "b"].map(str::to_owned));
+    assert!(!machine.is_first_look());
+    // Killed before it has looked into any of them.
+    let mut machine = DatabaseEvents::new("dbs", ours(), stored_all(&mut machine), 0, true);
+    assert!(!machine.is_first_look(), "all of it is stored, empty documents too");
+    for db in ["a", "b", "c"] {
+        assert!(machine.on_seen(db, 1));
+        assert_eq!(machine.known(db), None);
+        machine.on_found(db, found(1, true), Some(1), at);
+    }
+    assert_eq!(waiting(&machine), ["created c"]);
+    machine.on_found("a", found(1, true), None, at);
+    machine.on_gone("b", at);
+    assert_eq!(waiting(&machine), ["created c", "updated a", "deleted b"]);
+}
+
+#[test]
+fn those_that_a_walk_does_not_come_across_may_be_gone() {
+    let (mut machine, at) = (machine(), Timestamp::UNIX_EPOCH);
+    for db in ["a", "b"] {
+        machine.on_seen(db, 1);
+        machine.on_found(db, found(1, true), Some(1), at);
+    }
+    assert_eq!(machine.on_swept(), [""; 0]);
+    machine.on_seen("a", 1);
+    assert_eq!(machine.on_swept(), ["b"]);
+}
+
+#[test]
+fn what_waits_for_an_endpoint_is_bounded_and_what_may_be_sent_is_left_alone() {
+    let at = Timestamp::UNIX_EPOCH;
+    // Each letter: Created, Updated, Deleted, Recreated; what waits in the end.
+    let check = |steps: &str, expected: &[&str]| {
+        let mut machine = machine();
+        for step in steps.chars() {
+            match step {
+                'c' => machine.on_found("a", found(1, true), None, at),
+                'u' => machine.on_found("a", found(1, true), None, at),
+                'r' => machine.on_found("a", found(2, true), None, at),
+                'd' => machine.on_gone("a", at),
+                // Everything so far is on its way.
+                _ => {
+                    stored_all(&mut machine);
+                    machine.events_after(0, 100);
+                }
+            }
+        }
+        assert_eq!(waiting(&machine), expected, "{steps}");
+    };
+    check("cuuuu", &["created a", "updated a"]);
+    check("cr", &["created a"]);
+    check("cucd", &["deleted a"]);
+    check("c!uuuu", &["created a", "updated a"]);
+    check("c!u!u!u", &["created a", "updated a", "updated a", "updated a"]);
+    check("c!d!c", &["created a", "deleted a", "created a"]);
+    check("c!dc", &["created a", "recreated a"]);
+    check("c!dcdcdc", &["created a", "recreated a"]);
+    check("c!ur", &["created a", "recreated a"]);
+    check("c!u!d", &["created a", "updated a", "deleted a"]);
+}
+
+#[test]
+fn nothing_is_sent_before_it_is_stored_nor_before_what_came_earlier() {
+    let (mut machine, at) = (machine(), Timestamp::UNIX_EPOCH);
+    let (one, other) =
+        ("a", (0..).map(|n| format!("b{n}")).find(|db| bucket_of(db) != bucket_of("a")).unwrap());
+    machine.on_found(one, found(1, true), None, at);
+    machine.on_found(&other, found(1, true), None, at);
+    assert!(machine.events_after(0, 100).is_empty());
+    machine.on_stored(bucket_of(&other));
+    assert!(machine.events_after(0, 100).is_empty());
+    machine.on_stored(bucket_of(one));
+    assert_eq!(machine.events_after(0, 100).len(), 2);
+    machine.on_through(2);
+    machine.on_found(one, found(1, true), None, at);
+    assert_eq!(waiting(&machine).len(), 3);
+    stored_all(&mut machine);
+    assert_eq!(
+        waiting(&machine),
+        [format!("created {other}"), format!("updated {one}")],
+        "what is delivered goes with the next write"
+    );
+}
+
+#[test]
+fn documents_are_believed_in_their_own_place_alone() {
+    let key = StateKey::new([7; 32]);
+    let (mut machine, at) = (machine(), Timestamp::UNIX_EPOCH);
+    machine.on_found("a", found(1, true), Some(u64::MAX), at);
+    let (index, bucket) = machine.dirty().remove(0);
+    let id = Bucket::id("dbs", index);
+    let text = bucket.to_json(&("couch_hookd", &id), &key, Some("0-3"));
+    assert!(text.starts_with("{\"_rev\":\"0-3\",\"mark\":"), "{text}");
+    assert_eq!(Bucket::from_json(text.as_bytes(), &("couch_hookd", &id), &key).as_ref(), Ok(bucket));
+    assert!(Bucket::from_json(text.as_bytes(), &("couch_hookd", "other"), &key).is_err());
+    assert!(
+        Bucket::from_json(text.replace("created", "deleted").as_bytes(), &("couch_hookd", &id), &key)
+            .is_err()
+    );
+}
+
+/// What really is: by name the life and how often it was written.
+type Truth = BTreeMap<String, (u8, u32)>;
+
+/// Databases come, change and go; looks into them, writes, deliveries and kills come in any order. In the end whoever
+/// listened knows what there is, and heard of a change after the last one; no number was used twice.
+#[test]
+fn a_kill_at_any_moment_loses_nothing_and_reuses_no_number() {
+    for seed in 0..3_000 {
+        let random = &mut fastrand::Rng::with_seed(seed);
+        let (mut truth, mut told): (Truth, Truth) = Default::default();
+        // What was found when each database was last looked into: in place of its feed.
+        let mut looked: Truth = Truth::new();
+        let mut by_number: BTreeMap<u64, String> = BTreeMap::new();
+        let (mut stored, mut through, mut lives) = (vec![None; BUCKETS], 0, 0_u8);
+        let mut machine = DatabaseEvents::new("dbs", ours(), stored.clone(), 0, false);
+        let mut looked_stored = looked.clone();
+        for step in 0..60 {
+            let db = ["a", "b", "c"][random.usize(..3)];
+            // The last steps settle everything.
+            match if step < 50 { random.u8(..8) } else { 4 + step % 4 } {
+                0 if !truth.contains_key(db) => {
+                    lives = lives.wrapping_add(1).max(1);
+                    truth.insert(db.to_owned(), (lives, 0));
+                }
+                0 | 1 => drop(truth.get_mut(db).map(|(_, n)| *n += 1)),
+                2 => drop(truth.remove(db)),
+                3 => {
+                    machine = DatabaseEvents::new("dbs", ours(), stored.clone(), through, false);
+                    looked = looked_stored.clone();
+                }
+                4 | 5 => {
+                    for db in ["a", "b", "c"] {
+                        match truth.get(db) {
+                            Some((life, n)) => {
+                                let known = looked.insert(db.to_owned(), (*life, *n));
+                                let has_changed = known.is_none_or(|known| known != (*life, *n));
+                                machine.on_found(db, found(*life, has_changed), None, Timestamp::UNIX_EPOCH);
+                            }
+                            None => {
+                                looked.remove(db);
+                                machine.on_gone(db, Timestamp::UNIX_EPOCH);
+                            }
+                        }
+                    }
+                }
+                6 => {
+                    store(&mut machine, &mut stored);
+                    looked_stored = looked.clone();
+                }
+                _ => {
+                    for kept in machine.events_after(through, random.usize(1..4)) {
+                        let what = format!("{} {} {}", kept.event_type, kept.key, kept.at);
+                        let before = by_number.insert(kept.n, what.clone());
+                        assert!(before.is_none_or(|before| before == what), "seed {seed}: number {}", kept.n);
+                        match kept.event_type.as_str() {
+                            DELETED => drop(told.remove(&kept.key)),
+                            _ => drop(truth.get(&kept.key).map(|now| told.insert(kept.key.clone(), *now))),
+                        }
+                        through = kept.n;
+                    }
+                    // The checkpoint may be lost with a kill, too; here it is stored at once.
+                    machine.on_through(through);
+                }
+            }
+        }
+        for _ in 0..20 {
+            store(&mut machine, &mut stored);
+            for kept in machine.events_after(through, 10) {
+                match kept.event_type.as_str() {
+                    DELETED => drop(told.remove(&kept.key)),
+                    _ => drop(truth.get(&kept.key).map(|now| told.insert(kept.key.clone(), *now))),
+                }
+                through = kept.n;
+            }
+        }
+        // Whoever hears of a database reads it then: what was told is what there was.
+        assert_eq!(told, truth, "seed {seed}");
+    }
+}
