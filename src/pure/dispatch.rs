@@ -281,11 +281,23 @@ impl Dispatch {
     /// that we would send again by ourselves are left to whoever starts with it next.
     pub fn leave(&mut self, flow: FlowIndex) {
         self.flows[flow].leave();
-        let stays = |suspect: &Suspect| {
-            suspect.flow != flow || suspect.asked.is_some() || matches!(suspect.state, Replay::Sent(_))
-        };
-        self.suspects.retain(stays);
-        self.count_suspects();
+        self.leave_letters(flow);
+    }
+
+    /// Ends what is to be sent again of a database that is left, but for what is in flight.
+    fn leave_letters(&mut self, flow: FlowIndex) {
+        let mut at = 0;
+        while at < self.suspects.len() {
+            let suspect = &self.suspects[at];
+            if suspect.flow != flow || matches!(suspect.state, Replay::Sent(_)) {
+                at += 1;
+            } else if suspect.asked.is_some() {
+                let why = "another daemon tells its database now".to_owned();
+                self.end_asked(at, Replayed::Unreadable(why));
+            } else {
+                self.drop_suspect(at);
+            }
+        }
     }
 
     /// There may be something new in a database.
@@ -550,6 +562,9 @@ impl Dispatch {
             }
             for notice in self.flows[flow].take_notices() {
                 self.said.push(Notice::Flow(flow, notice));
+            }
+            if self.flows[flow].is_leaving() {
+                self.leave_letters(flow);
             }
             let is_over = self.flows[flow].is_at_rest() && !self.flows[flow].is_vacant();
             if is_over && !self.is_pinned(flow) {

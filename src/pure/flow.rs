@@ -280,12 +280,16 @@ impl Flow {
         }
     }
 
+    /// Whether it is left to somebody else.
+    pub fn is_leaving(&self) -> bool {
+        self.leaving
+    }
+
     /// Whether everything that was read is told and stored, so that after a fault it may be let go and opened later.
     pub fn is_done(&self) -> bool {
         // Who leaves has nothing to store where nothing was told.
-        let is_stored =
-            self.is_stored() || (self.leaving && !self.clock.writing && self.clock.deadline().is_none());
-        self.lanes.is_empty() && is_stored
+        let has_nothing = self.leaving && !self.clock.writing && self.clock.deadline().is_none();
+        self.lanes.is_empty() && (self.is_stored() || has_nothing)
     }
 
     /// Whether nothing that was read waits to be told, and no checkpoint is being stored: for a database that is gone,
@@ -746,6 +750,11 @@ impl Flow {
 
     /// Not stored; tried again later.
     pub fn on_checkpoint_failed(&mut self, now: Instant) {
+        // Whoever waits for the database must not wait for ever: on 1.x a position of before a restart is never stored.
+        if self.leaving {
+            self.clock.give_up();
+            return;
+        }
         self.clock.failed(now);
     }
 
@@ -877,6 +886,13 @@ impl CheckpointClock {
         self.rev = Some(rev);
         self.stored = self.in_progress.take();
         self.interval = (self.interval * 2).min(self.interval_max);
+    }
+
+    /// Not stored, and not to be.
+    fn give_up(&mut self) {
+        self.writing = false;
+        self.in_progress = None;
+        (self.due, self.quiet_at) = (None, None);
     }
 
     fn failed(&mut self, now: Instant) {
