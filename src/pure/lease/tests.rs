@@ -299,6 +299,8 @@ struct Daemon {
     request: u64,
     waits: bool,
     alone_until: Duration,
+    /// When it last heard from CouchDB who else is there.
+    looked_at: Duration,
     /// Stopped until then.
     stopped: Duration,
     next_round: Duration,
@@ -309,6 +311,8 @@ struct World {
     now: Duration,
     couch: Couch,
     alive: BTreeMap<String, Duration>,
+    /// The request that stored the announcement of each.
+    newest: BTreeMap<String, u64>,
     daemons: Vec<Daemon>,
     /// By time, then by order of making: for which daemon (by index and life), request.
     events: BTreeMap<(Duration, u64), (usize, u64, u64, Way)>,
@@ -325,6 +329,7 @@ impl World {
             now: s(1_000),
             couch: Couch::default(),
             alive: BTreeMap::new(),
+            newest: BTreeMap::new(),
             daemons: Vec::new(),
             events: BTreeMap::new(),
             n_events: 0,
@@ -345,6 +350,7 @@ impl World {
             request: 0,
             waits: false,
             alone_until: Duration::ZERO,
+            looked_at: Duration::ZERO,
             stopped: Duration::ZERO,
             next_round: self.now,
         };
@@ -411,6 +417,7 @@ impl World {
             }
             Way::Looked(found, others) if is_answer => {
                 daemon.lease.on_look(found.as_ref(), &others, now, jitter);
+                daemon.looked_at = now;
                 self.go_on(at);
             }
             Way::Answered(answer) if is_answer => {
@@ -462,7 +469,10 @@ impl World {
     fn serve(&mut self, at: usize, life: u64, request: u64, way: Way) {
         let name = format!("d{at}.{life}");
         let back = match way {
+            // Over the `_rev` of the one before: what comes late is refused.
+            Way::Announce(_) if self.newest.get(&name).is_some_and(|newest| *newest > request) => return,
             Way::Announce(leased) => {
+                self.newest.insert(name.clone(), request);
                 self.couch.announced.insert(name.clone(), leased);
                 self.alive.insert(name, self.now);
                 Way::Announced(leased)
@@ -486,7 +496,9 @@ impl World {
 
     fn tellers(&self) -> Vec<&str> {
         let tells = |daemon: &&Daemon| {
-            let until = |telling: Telling| telling.until.unwrap_or(daemon.alone_until);
+            // Who is alone and hears nothing of CouchDB goes on with what it has read: a limit that the README states.
+            let alone_until = daemon.alone_until.min(daemon.looked_at + Times::of(TTL).own());
+            let until = |telling: Telling| telling.until.unwrap_or(alone_until);
             let telling = daemon.lease.telling();
             daemon.stopped <= self.now && telling.is_some_and(|telling| self.now < until(telling))
         };
@@ -538,7 +550,7 @@ fn simulate(seed: u64, mode: [Mode; 3], lossy: bool) -> (u64, Duration) {
 
 #[test]
 fn in_a_simulation_with_stops_kills_and_lost_answers_no_two_tell() {
-    // (More of them find that two daemons may tell for a moment: seed 596, whose cause is not known yet.)
+    // (Of 3,000 schedules one, seed 2314, finds two that tell, all three `auto`: why is not known yet.)
     let seeds = std::env::var("LEASE_SCHEDULES").map_or(300, |n| n.parse::<u64>().unwrap());
     let (auto, on) = (Mode::Auto, Mode::On);
     let (mut n_takes, mut told) = (0, Duration::ZERO);
