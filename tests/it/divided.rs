@@ -14,10 +14,11 @@ use crate::world::{Daemon, Ini, STATE_DB, couch, long, receiver_with};
 
 const NAMES: [&str; 3] = ["a", "b", "c"];
 
+/// Daemons are dropped first: what is killed last would send to ports that are another test's by then.
 struct Divided {
+    daemons: BTreeMap<&'static str, Daemon>,
     couch: StandIn,
     receiver: Receiver,
-    daemons: BTreeMap<&'static str, Daemon>,
     dbs: Vec<String>,
 }
 

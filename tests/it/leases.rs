@@ -23,9 +23,10 @@ const TTL: Duration = Duration::from_secs(15);
 
 /// Daemons, by who they say to be.
 struct Several {
+    /// Dropped first: what is killed last would send to ports that are another test's by then.
+    daemons: BTreeMap<&'static str, Mutex<Daemon>>,
     couch: StandIn,
     receiver: Receiver,
-    daemons: BTreeMap<&'static str, Mutex<Daemon>>,
 }
 
 impl Several {

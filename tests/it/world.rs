@@ -375,12 +375,12 @@ pub(crate) fn rss_kib(pid: u32) -> u64 {
 
 /// One webhook `orders` on the database `orders`, everything from its beginning.
 pub(crate) struct World {
+    /// What is tested. Dropped first: what is killed last would send to ports that are another test's by then.
+    pub(crate) daemon: Daemon,
     /// CouchDB.
     pub(crate) couch: StandIn,
     /// The endpoint.
     pub(crate) receiver: Receiver,
-    /// What is tested.
-    pub(crate) daemon: Daemon,
 }
 
 #[allow(dead_code, reason = "a driver offers more than the tests of one day use")]
