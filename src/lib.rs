@@ -6,17 +6,18 @@
 //!                                        |                 drives pure::dispatch <--outcomes--'
 //!                            couch::feed, or replication   |--> store         dead letters, the webhook's record
 //!                                                          '--> checkpointer  couch::local_docs
+//! Databases found by pattern: lookout (hints, sweep) --sightings--> dispatcher --readings--> reader_pool, in turns
 //! ```
 //!
 //! | part | what it is | start reading at |
 //! |---|---|---|
-//! | `pure` | every decision, without I/O, clock, threads | `flow` (one database of a webhook), `endpoint` (whom to suspect), `dispatch` (both together), `simulation` (tries to lose an event) |
-//! | `couch` | CouchDB over HTTP | `feed`, `local_docs` (marks, checkpoints), `state_db` (dead letters, records), `conflicts`, `requests` and `alive` (how commands reach a daemon), `gate` (logins) |
+//! | `pure` | every decision, without I/O, clock, threads | `flow` (one database of a webhook), `endpoint` (whom to suspect), `dispatch` (both together), `simulation` (tries to lose an event), `roster` (databases found by pattern), `lease` and `share` (several daemons) |
+//! | `couch` | CouchDB over HTTP | `feed`, `local_docs` (marks, checkpoints), `state_db` (dead letters, records), `conflicts`, `requests` and `alive` (how commands reach a daemon), `databases` and `db_updates` (which there are, which changed), `leases`, `gate` (logins) |
 //! | `replication` | how replications are, in the place of a feed | `mod` (opened, paged, waited on), `look`; what counts is `pure::transitions` |
-//! | `pipeline` | the threads of a webhook | `dispatcher`, `activation` (what `since = now` means), `desk` and `obey` (requests of commands), `replay`, `agents` (connections), `hints` (what is said of databases), `report` and `board` (how it is) |
+//! | `pipeline` | the threads of a webhook | `dispatcher` (`found`: databases by pattern), `lookout`, `reader_pool`, `watcher` (`watch = databases`), `activation` (what `since = now` means), `desk` and `obey` (requests of commands), `replay`, `agents` (connections), `hints` (what is said of databases), `report` and `board` (how it is) |
 //! | `config` | sections to typed values | `keys` (the one table), `source` |
 //! | `host` | being started | `stdio` and `update_notification` (the only users of stdin and stdout), `ending`, `config_poller`, `standalone`, `systemd` |
-//! | `daemon` | starts, applies configurations, stops | `run` |
+//! | `daemon` | starts, applies configurations, stops | `run`; `leases` (who may tell) |
 //! | `cli` | one file a command | `run`, `check`, `watch`, `ask` (what operates a webhook) |
 //! | `standin`, `demo` | a CouchDB and a receiver to show and to test with | `standin::couch`, `standin::receiver` |
 //! | `sys`, `log`, `error`, `tls`, `names`, `socket` | clock, randomness and threads; logging; kinds; roots; name look-ups; connections | |
