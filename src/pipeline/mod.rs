@@ -3,6 +3,8 @@
 //! ```text
 //! feed:NAME/DB --rows--> webhook:NAME (drives pure::dispatch) --attempts--> worker:NAME, on demand
 //!      ^  reads on command    |   ^------------ outcomes --------------------'
+//!                             |--> reader, a few for the process: databases found by pattern, in turns
+//!                             |       lookout and hints: which of them may hold something new
 //!                             |--> store:NAME      dead letters, look-ups, the webhook's record
 //!                             '--> checkpointer    one for the process, paced
 //! ```
