@@ -284,12 +284,12 @@ impl Dispatch {
         self.leave_letters(flow);
     }
 
-    /// Ends what is to be sent again of a database that is left, but for what is in flight.
+    /// Ends what is to be sent again of a database that is left, but for what is in flight or being read.
     fn leave_letters(&mut self, flow: FlowIndex) {
         let mut at = 0;
         while at < self.suspects.len() {
             let suspect = &self.suspects[at];
-            if suspect.flow != flow || matches!(suspect.state, Replay::Sent(_)) {
+            if suspect.flow != flow || matches!(suspect.state, Replay::Sent(_) | Replay::Fetching) {
                 at += 1;
             } else if suspect.asked.is_some() {
                 let why = "another daemon tells its database now".to_owned();
@@ -550,6 +550,11 @@ impl Dispatch {
         // Before an endpoint that recovered releases what is held back: it may be what made it look bad.
         self.judge_held(Moment { now, jitter });
         self.say_endpoint();
+        for flow in 0..self.flows.len() {
+            if self.flows[flow].is_leaving() {
+                self.leave_letters(flow);
+            }
+        }
         if !self.halted {
             self.poll_replays(now, permit, actions);
             self.poll_attempts(now, permit, actions);
@@ -562,9 +567,6 @@ impl Dispatch {
             }
             for notice in self.flows[flow].take_notices() {
                 self.said.push(Notice::Flow(flow, notice));
-            }
-            if self.flows[flow].is_leaving() {
-                self.leave_letters(flow);
             }
             let is_over = self.flows[flow].is_at_rest() && !self.flows[flow].is_vacant();
             if is_over && !self.is_pinned(flow) {
