@@ -457,7 +457,9 @@ impl World {
 
     fn let_go(&mut self) {
         let flow = |job: &Job| match job {
-            Job::Open(flow) | Job::Checkpoint(flow, _) | Job::Fetch(flow, _) => *flow,
+            Job::Open(flow) | Job::Checkpoint(flow, _) => *flow,
+            // Its answer names the letter, not the flow; of one that was discarded nobody waits for it.
+            Job::Fetch(..) => FLOWS,
             Job::Attempt(attempt) | Job::LookUp(attempt) => attempt.flow,
             Job::Letter(attempt, _) | Job::Keep(attempt, ..) => attempt.flow,
             Job::Batch(batch) => batch.parts.iter().map(|part| part.flow).max().unwrap_or(0),
