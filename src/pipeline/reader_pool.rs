@@ -23,7 +23,7 @@ const IDLE: Duration = Duration::from_secs(30);
 /// Readings that may wait; webhooks give a few each. The queue touches all its memory at once: it holds pointers.
 const WAITING_MAX: usize = 4_096;
 /// Connections of the process that are not the pool's: of the lookout two, of leases, requests, checkpoints and letters the others.
-const OTHER_CONNECTIONS: usize = 6;
+const OTHER_CONNECTIONS: usize = 8;
 
 /// One reading to be done.
 struct Job {
