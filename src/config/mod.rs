@@ -229,7 +229,7 @@ pub struct Hookd {
     pub feed_rotate: Duration,
     /// `timeout` of a continuous request: how long CouchDB keeps it open when nothing happens.
     pub feed_timeout: Duration,
-    /// Databases found by pattern that are read at the same time; at most 256.
+    /// Connections to CouchDB for databases found by pattern, over all webhooks; at most 256.
     pub feed_connections: usize,
     /// How often every database is looked at while no hints flow.
     pub sweep_interval: Duration,

@@ -26,7 +26,7 @@ use crate::pipeline::activation::{self, Active};
 use crate::pipeline::checkpointer::{self, Stored};
 use crate::pipeline::complaints::{Complaint, Outage};
 use crate::pipeline::dispatcher::found::{ACTIVE_MAX, Found};
-use crate::pipeline::feed_reader::Fed;
+use crate::pipeline::feed_reader::{Fed, Reading};
 use crate::pipeline::lookout::Sighting;
 use crate::pipeline::replay::{Replayer, Replays};
 use crate::pipeline::report::{InFlight, Report, Shown};
@@ -403,8 +403,9 @@ impl<'a> Dispatcher<'a> {
         let subscriptions = webhook.db.iter().enumerate().map(|(flow, db)| {
             let mark = active.record.databases.get(db).copied();
             let seek = active.record.seeks.get(db).cloned();
-            let telling = telling(&shared.source, webhook, db);
-            Subscription::named(shared, webhook, telling, mark, seek, flow, &channels.fed.0)
+            let telling = Arc::new(telling(&shared.source, webhook, db));
+            let reading = Reading::new(shared, webhook, &telling, seek, flow, &channels.fed.0);
+            Subscription::named(reading, mark)
         });
         let subscriptions = subscriptions.collect::<Result<_>>()?;
         let store = Store::start(shared, webhook, active.bucket_revs, channels.errants.0.clone())?;

@@ -228,6 +228,16 @@ impl Reading {
         Arc::clone(&self.stopping)
     }
 
+    /// How its database is told of.
+    pub fn telling(&self) -> Arc<Telling> {
+        Arc::clone(&self.telling)
+    }
+
+    /// The request that last set its place.
+    pub fn seek(&self) -> Option<String> {
+        self.seek.as_ref().map(|seek| seek.request.clone())
+    }
+
     /// Where what is read goes.
     pub fn to(&self) -> Sender<Fed> {
         self.to.clone()

@@ -3,17 +3,14 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use crate::config;
 use crate::error::Result;
 use crate::pipeline::Shared;
 use crate::pipeline::complaints::Complaint;
-use crate::pipeline::feed_reader::{Fed, Reader, Reading};
-use crate::pure::checkpoint::{Mark, Seek};
-use crate::pure::dispatch::FlowIndex;
+use crate::pipeline::feed_reader::{Reader, Reading};
+use crate::pure::checkpoint::Mark;
 use crate::pure::flow::Read;
 use crate::pure::message::Telling;
 use crate::sys::Thread;
-use crossbeam_channel::Sender;
 
 /// One webhook on one database.
 pub(crate) struct Subscription {
@@ -41,41 +38,19 @@ enum Hands {
 }
 
 impl Subscription {
-    /// With a thread of its own, which may wait for changes.
+    /// With a thread of its own, which may wait for changes. `mark` as far as it is known.
     ///
     /// # Errors
     /// `Io` when no thread can be started.
-    pub(crate) fn named(
-        shared: &Shared,
-        webhook: &config::Webhook,
-        telling: Telling,
-        mark: Option<Mark>,
-        seek: Option<Seek>,
-        flow: FlowIndex,
-        to: &Sender<Fed>,
-    ) -> Result<Subscription> {
-        let request = seek.as_ref().map(|seek| seek.request.clone());
-        let telling = Arc::new(telling);
-        let reader = Reader::start(Reading::new(shared, webhook, &telling, seek, flow, to))?;
-        Ok(Subscription::new(telling, mark, request, Hands::Own(reader)))
+    pub(crate) fn named(reading: Reading, mark: Option<Mark>) -> Result<Subscription> {
+        let (telling, seek) = (reading.telling(), reading.seek());
+        Ok(Subscription::new(telling, mark, seek, Hands::Own(Reader::start(reading)?)))
     }
 
     /// Read by the pool, page by page.
-    pub(crate) fn pooled(
-        shared: &Shared,
-        webhook: &config::Webhook,
-        telling: Telling,
-        mark: Option<Mark>,
-        seek: Option<Seek>,
-        flow: FlowIndex,
-        to: &Sender<Fed>,
-    ) -> Subscription {
-        let request = seek.as_ref().map(|seek| seek.request.clone());
-        let telling = Arc::new(telling);
-        let reading = Reading::new(shared, webhook, &telling, seek, flow, to);
-        let stopping = reading.stopping();
-        let hands = Hands::Pool { reading: Some(Box::new(reading)), stopping };
-        Subscription::new(telling, mark, request, hands)
+    pub(crate) fn pooled(reading: Reading, mark: Option<Mark>) -> Subscription {
+        let (telling, seek, stopping) = (reading.telling(), reading.seek(), reading.stopping());
+        Subscription::new(telling, mark, seek, Hands::Pool { reading: Some(Box::new(reading)), stopping })
     }
 
     fn new(telling: Arc<Telling>, mark: Option<Mark>, seek: Option<String>, hands: Hands) -> Subscription {

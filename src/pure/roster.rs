@@ -95,16 +95,6 @@ impl Roster {
         Roster { databases: entries.into_iter().map(known).collect(), sweep: 1, ..Roster::default() }
     }
 
-    /// Databases known.
-    pub fn n_known(&self) -> usize {
-        self.databases.len()
-    }
-
-    /// Those that wait to be read.
-    pub fn n_waiting(&self) -> usize {
-        self.waiting.len()
-    }
-
     /// Those that are read, or have not rested yet.
     pub fn n_active(&self) -> usize {
         self.n_active

@@ -16,6 +16,7 @@ use crate::couch::leases::Share;
 use crate::error::Kind;
 use crate::pipeline::complaints::{Complaint, Outage};
 use crate::pipeline::dispatcher::{Dispatcher, telling};
+use crate::pipeline::feed_reader::Reading;
 use crate::pipeline::lookout::Sighting;
 use crate::pipeline::store::Errand;
 use crate::pipeline::subscription::Subscription;
@@ -179,9 +180,9 @@ impl Dispatcher<'_> {
         let (shared, webhook) = (self.shared, self.webhook);
         let flow = self.dispatch.add(new_flow(shared, webhook).resting());
         let found = self.found.as_mut().expect("only databases that are found are activated");
-        let (seek, told) = (found.seeks.get(db).cloned(), telling(&shared.source, webhook, db));
+        let (seek, told) = (found.seeks.get(db).cloned(), Arc::new(telling(&shared.source, webhook, db)));
         let fed = &self.channels.fed.0;
-        let subscription = Subscription::pooled(shared, webhook, told, mark, seek, flow, fed);
+        let subscription = Subscription::pooled(Reading::new(shared, webhook, &told, seek, flow, fed), mark);
         match self.subscriptions.get_mut(flow) {
             Some(place) => *place = subscription,
             None => self.subscriptions.push(subscription),
