@@ -4,6 +4,8 @@
 //! and that an answer is given once. That the *effect* comes once is the doer's: it is one write of a document that
 //! names the request (`WebhookRecord::requests_done`), or can be done twice without harm.
 
+use std::collections::{BTreeMap, BTreeSet};
+
 use http::Method;
 use serde::{Deserialize, Serialize};
 use serde_json::value::RawValue;
@@ -21,6 +23,8 @@ pub const PREFIX: &str = "request:";
 const LISTED_MAX: usize = 10_000;
 /// Answered requests stay for a day, to be looked at.
 const KEPT_SECONDS: i64 = 24 * 3600;
+/// Letters that stay are named up to so many.
+pub const STAY_MAX: usize = 20;
 /// Tries to answer while others write to the same document.
 const ANSWER_TRIES: u32 = 5;
 
@@ -250,6 +254,122 @@ pub fn answer(
     }
 }
 
+/// What came of letters that were to be sent again.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+pub struct Tally {
+    /// Sent and taken.
+    pub delivered: u64,
+    /// A newer revision was delivered before; the letter stays, as those below.
+    pub superseded: u64,
+    /// Refused again.
+    pub refused: u64,
+    /// The endpoint failed at it, or its document could not be read.
+    pub failed: u64,
+    /// There is no such document any more, or its database is not watched.
+    pub gone: u64,
+    /// Letters that are still there: those that stay, and those that are yet to be sent.
+    pub left: u64,
+    /// Some of those that stay, and why.
+    pub stay: Vec<Value>,
+}
+
+impl Tally {
+    /// As an answer, of so many letters altogether. Those that are not there any more were delivered, by earlier tries too.
+    pub fn answer(&self, n_letters: u64) -> Map<String, Value> {
+        let mut answer = fields(self);
+        answer.insert("letters".to_owned(), json!(n_letters));
+        answer.insert("delivered".to_owned(), json!(n_letters.saturating_sub(self.left)));
+        answer
+    }
+
+    fn add(&mut self, other: Tally) {
+        self.delivered += other.delivered;
+        self.superseded += other.superseded;
+        self.refused += other.refused;
+        self.failed += other.failed;
+        self.gone += other.gone;
+        self.left += other.left;
+        self.stay.extend(other.stay);
+    }
+}
+
+/// What one of several daemons that divide a webhook's databases has done of a request (`lease = shared`).
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Part {
+    /// Whether it is all that it had to do, while the databases were divided among `among`.
+    pub over: bool,
+    /// All members that it saw, itself among them.
+    pub among: BTreeSet<String>,
+    /// What came of its part.
+    #[serde(flatten)]
+    pub tally: Tally,
+}
+
+/// Puts a member's part into the answer of a request; the last one that was missing ends it. Gives the state then; `Done` for a
+/// request that is gone.
+///
+/// # Errors
+/// As [`answer`].
+pub fn answer_part(server: &Server, state_db: &str, id: &str, member: &str, part: &Part) -> Result<Progress> {
+    let mut tries = 0;
+    loop {
+        tries += 1;
+        let Some(mut request) = read(server, state_db, id)? else { return Ok(Progress::Done) };
+        if request.state != Progress::Open {
+            return Ok(request.state);
+        }
+        let n_asked = request.arguments.letters.as_ref().map_or(0, |letters| letters.n_letters);
+        let (answer, is_over) = with_part(request.answer, n_asked, member, part);
+        request.answer = answer;
+        if is_over {
+            (request.state, request.done_at) = (Progress::Done, Some(sys::wall()));
+        }
+        match write(server, state_db, &mut request) {
+            Err(error) if error.kind() == Kind::Conflict && tries < ANSWER_TRIES => {}
+            result => return result.map(|()| request.state),
+        }
+    }
+}
+
+/// An answer with one more part in it, and whether none is missing: each of those among whom the databases are divided has
+/// done its part, and saw the same others. What one has done counts when it is gone, too; what it left is another's by then.
+fn with_part(
+    mut answer: Map<String, Value>,
+    n_asked: u64,
+    member: &str,
+    part: &Part,
+) -> (Map<String, Value>, bool) {
+    let parts = answer.remove("parts").and_then(|parts| serde_json::from_value(parts).ok());
+    let mut parts: BTreeMap<String, Part> = parts.unwrap_or_default();
+    parts.insert(member.to_owned(), part.clone());
+    let mut all = Tally::default();
+    for (name, one) in &parts {
+        all.add(match part.among.contains(name) {
+            true => one.tally.clone(),
+            false => Tally { delivered: one.tally.delivered, ..Tally::default() },
+        });
+    }
+    let has_each = |is: &dyn Fn(&Part) -> bool| part.among.iter().all(|name| parts.get(name).is_some_and(is));
+    let is_over = has_each(&|one| one.over && one.among == part.among);
+    all.stay.truncate(STAY_MAX);
+    let n_seen = all.delivered + all.left;
+    let mut answer = all.answer(n_asked.max(n_seen));
+    if !has_each(&|_| true) {
+        // What others have is not known yet.
+        answer.insert("delivered".to_owned(), json!(all.delivered));
+        answer.insert("left".to_owned(), json!(n_asked.max(n_seen) - all.delivered));
+    }
+    answer.insert("parts".to_owned(), json!(parts));
+    (answer, is_over)
+}
+
+fn fields(value: &impl Serialize) -> Map<String, Value> {
+    match serde_json::to_value(value) {
+        Ok(Value::Object(fields)) => fields,
+        _ => Map::new(),
+    }
+}
+
 /// Deletes requests that were answered more than a day ago, and those of people who looked and never ended it.
 ///
 /// # Errors
@@ -311,6 +431,47 @@ mod tests {
         sys::sleep(std::time::Duration::from_millis(2));
         let second = Request::new("orders", Command::Pause, Arguments::default(), "");
         assert!(second.id > first.id && first.id.len() == PREFIX.len() + 20 + 1 + 8, "{}", first.id);
+    }
+
+    #[test]
+    fn the_last_part_that_was_missing_ends_a_request() {
+        /// Parts as they come: of whom, over or not, among whom, delivered, left.
+        fn check(n_asked: u64, parts: &[(&str, bool, &[&str], u64, u64)], expected: &str) {
+            let mut answer = Map::new();
+            let mut seen = Vec::new();
+            for (member, over, among, delivered, left) in parts {
+                let tally = Tally { delivered: *delivered, refused: *left, left: *left, ..Tally::default() };
+                let among = among.iter().map(|&name| name.to_owned()).collect();
+                let is_over;
+                (answer, is_over) = with_part(answer, n_asked, member, &Part { over: *over, among, tally });
+                let end = if is_over { " over" } else { "" };
+                seen.push(format!(
+                    "{} of {}, {} left{end}",
+                    answer["delivered"], answer["letters"], answer["left"]
+                ));
+            }
+            assert_eq!(seen.join("; "), expected);
+        }
+        let ab: &[&str] = &["a", "b"];
+        check(3, &[("a", true, &["a"], 2, 1)], "2 of 3, 1 left over");
+        check(
+            5,
+            &[("a", false, ab, 1, 1), ("b", true, ab, 2, 0), ("a", true, ab, 1, 1)],
+            "1 of 5, 4 left; 4 of 5, 1 left; 4 of 5, 1 left over",
+        );
+        // `c` dies, what it left is found by the others; a part that was done among others before does not count.
+        let abc: &[&str] = &["a", "b", "c"];
+        check(
+            6,
+            &[
+                ("a", true, abc, 1, 0),
+                ("b", true, abc, 1, 0),
+                ("c", false, abc, 1, 3),
+                ("a", true, ab, 3, 0),
+                ("b", true, ab, 2, 0),
+            ],
+            "1 of 6, 5 left; 2 of 6, 4 left; 3 of 6, 3 left; 6 of 6, 0 left; 6 of 6, 0 left over",
+        );
     }
 
     #[test]

@@ -13,14 +13,14 @@ use crate::couch::feed;
 use crate::couch::local_docs;
 use crate::couch::requests::{self, Command, Progress, Request};
 use crate::couch::roster_docs;
-use crate::couch::state_db::{self, DeadLetterClass, WebhookRecord};
+use crate::couch::state_db::{self, WebhookRecord};
 use crate::error::{Context, Error, Kind, Result};
 use crate::pipeline::starting_points;
-use crate::pipeline::store::change_record;
+use crate::pipeline::store::{change_record, list_suspects};
 use crate::pipeline::{Shared, watcher};
 use crate::pure::checkpoint::{Checkpoint, Mark};
 use crate::pure::dispatch::SuspectLetter;
-use crate::pure::message::{Watch, WebhookId};
+use crate::pure::message::Watch;
 use crate::pure::roster::Entry;
 use crate::replication;
 use crate::sys;
@@ -104,17 +104,7 @@ pub fn activate(shared: &Shared, webhook: &config::Webhook, is_wanted: &dyn Fn()
         }
     })
     .context(|| "failed to write the webhook's record".to_owned())?;
-    let letters = state_db::list_suspects(server, state_db, &webhook.name)
-        .context(|| "failed to list dead letters".to_owned())?;
-    let suspects = letters.into_iter().filter(|letter| letter.class == DeadLetterClass::Suspect);
-    let suspects = suspects.filter_map(|letter| {
-        let resolved = letter.resolved();
-        Some((
-            letter.db,
-            SuspectLetter { id: WebhookId::parse(&letter.id)?, doc_id: letter.doc_id, resolved },
-        ))
-    });
-    let suspects = suspects.collect();
+    let suspects = list_suspects(server, state_db, &webhook.name)?;
     // Whoever resumes a webhook with too many takes so many more.
     let letters_max = shared.hookd.dead_letters_max + record.letters_accepted;
     let n_letters = state_db::count_dead_letters(server, state_db, &webhook.name, letters_max + 1)?;

@@ -36,11 +36,12 @@ use crate::pipeline::webhook::{Answer, Endpoint, Job};
 use crate::pipeline::workers::Workers;
 use crate::pure::about::{self, Tell};
 use crate::pure::conflict::{self, Owed};
-use crate::pure::dispatch::{Action, Attempt, Dispatch, FlowIndex, Notice};
+use crate::pure::dispatch::{Action, Attempt, Dispatch, FlowIndex, Notice, SuspectLetter};
 use crate::pure::endpoint::{self, DownReason, LetterClass, Moment, Outcome, Settings};
 use crate::pure::flow;
 use crate::pure::message::{Arrived, Telling, Watch, WebhookId};
 use crate::pure::roster::Roster;
+use crate::pure::share::Division;
 use crate::pure::snapshot::State;
 use crate::pure::table::Table;
 use crate::pure::url;
@@ -445,12 +446,19 @@ impl<'a> Dispatcher<'a> {
             is_couchdb_lost: false,
             found,
         };
-        let mut suspects = Vec::new();
-        for (db, letter) in active.suspects {
-            suspects.extend(dispatcher.flow_of(&db).map(|flow| (flow, letter)));
-        }
-        dispatcher.dispatch.restore_suspects(suspects, sys::now());
+        dispatcher.restore_suspects(active.suspects, sys::now());
         Ok(dispatcher)
+    }
+
+    /// Letters that we send again by ourselves, as far as their databases are ours.
+    fn restore_suspects(&mut self, letters: Vec<(String, SuspectLetter)>, now: Instant) {
+        let mut suspects = Vec::new();
+        for (db, letter) in letters {
+            if !self.dispatch.is_suspect(&letter.id) {
+                suspects.extend(self.flow_of(&db).map(|flow| (flow, letter)));
+            }
+        }
+        self.dispatch.restore_suspects(suspects, now);
     }
 
     fn run(mut self, orders: &Receiver<Order>) -> Vec<Thread> {
@@ -651,7 +659,9 @@ impl<'a> Dispatcher<'a> {
             }
             Errant::Fetched(letter, fetched) => self.dispatch.on_fetched(&letter, *fetched, now),
             Errant::Listed(listed) => self.replays.on_listed(listed, now),
-            Errant::Answered(stored) => self.replays.on_answered(stored, now),
+            Errant::Answered { id, over, state } => self.replays.on_answered(&id, over, state, now),
+            Errant::Suspects(Ok(letters)) => self.restore_suspects(letters, now),
+            Errant::Suspects(Err(_)) => self.list_suspects_again(now),
             Errant::DatabasesNotStored(bucket) => self.on_databases_not_stored(bucket),
         }
     }
@@ -1065,6 +1075,12 @@ impl Replayer for Dispatcher<'_> {
 
     fn order(&mut self, errand: Errand) {
         self.store.order(errand);
+    }
+
+    fn division(&self) -> Option<(Arc<Division>, u64)> {
+        // The number first: what is read after it may be newer, and is then looked at once more.
+        let generation = self.shared.hold.share()?.generation();
+        Some((self.shared.hold.share()?.division(), generation))
     }
 }
 

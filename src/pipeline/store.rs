@@ -15,10 +15,10 @@ use crate::couch::client::{Server, db_path, encoded};
 use crate::couch::conflicts::{self, Conflicted};
 use crate::couch::leases::Share;
 use crate::couch::letters::{self, Filter, Stored};
-use crate::couch::requests::{self, Progress};
+use crate::couch::requests::{self, Part, Progress};
 use crate::couch::roster_docs;
-use crate::couch::state_db::{self, DeadLetter, WebhookRecord};
-use crate::error::{Error, Kind, Result};
+use crate::couch::state_db::{self, DeadLetter, DeadLetterClass, WebhookRecord};
+use crate::error::{Context, Error, Kind, Result};
 use crate::pipeline::Shared;
 use crate::pure::about::{self, Tell};
 use crate::pure::changes::{Row, RowDoc};
@@ -63,6 +63,10 @@ pub enum Errand {
     FetchLetter(Arc<Telling>, Box<Stored>, Mark, Asked),
     /// What came of a request so far.
     Answer(String, Progress, Map<String, Value>),
+    /// What this member has done of a request that several obey.
+    AnswerPart(String, String, Box<Part>),
+    /// List the letters that we send again by ourselves: some may have become ours.
+    ListSuspects,
     /// Store what is known of databases found by pattern, of one bucket.
     Databases(u8, Vec<(String, Entry)>),
     /// Forget what is stored as conflicted at this place: its database is another one by now.
@@ -111,8 +115,17 @@ pub enum Errant {
     Fetched(SuspectLetter, Box<Fetched>),
     /// Letters, and behind which id the next ones come.
     Listed(Result<(Vec<Stored>, Option<String>)>),
-    /// Whether the last answer of a request is stored.
-    Answered(bool),
+    /// An answer of a request is stored, the last one where `over`: how it stands then, `None` when it is not.
+    Answered {
+        /// Of the request.
+        id: String,
+        /// Whether it was all that we have to say.
+        over: bool,
+        /// How the request stands.
+        state: Option<Progress>,
+    },
+    /// Letters that daemons send again by themselves, and of which database.
+    Suspects(Result<Vec<(String, SuspectLetter)>>),
     /// This bucket could not be stored.
     DatabasesNotStored(u8),
 }
@@ -240,7 +253,19 @@ impl State {
                     if let Err(error) = &answered {
                         log::debug!("{place}: `{request}` could not be answered: {error}");
                     }
-                    (state != Progress::Open).then_some(Errant::Answered(answered.is_ok()))
+                    let over = state != Progress::Open;
+                    let state = answered.is_ok().then_some(state);
+                    over.then_some(Errant::Answered { id: request, over, state })
+                }
+                Errand::AnswerPart(id, member, part) => {
+                    let answered = requests::answer_part(server, state_db, &id, &member, &part);
+                    if let Err(error) = &answered {
+                        log::debug!("{place}: `{id}` could not be answered: {error}");
+                    }
+                    Some(Errant::Answered { id, over: part.over, state: answered.ok() })
+                }
+                Errand::ListSuspects => {
+                    Some(Errant::Suspects(list_suspects(server, state_db, &self.webhook.name)))
                 }
                 Errand::Tell => {
                     self.keep_tells();
@@ -558,6 +583,24 @@ fn apply(record: &mut WebhookRecord, change: &Change) {
             record.paused_reason = Some(reason.clone());
         }
     }
+}
+
+/// The letters that daemons send again by themselves, and of which database.
+///
+/// # Errors
+/// As listing letters.
+pub fn list_suspects(server: &Server, state_db: &str, webhook: &str) -> Result<Vec<(String, SuspectLetter)>> {
+    let letters = state_db::list_suspects(server, state_db, webhook)
+        .context(|| "failed to list dead letters".to_owned())?;
+    let suspects = letters.into_iter().filter(|letter| letter.class == DeadLetterClass::Suspect);
+    let suspects = suspects.filter_map(|letter| {
+        let resolved = letter.resolved();
+        Some((
+            letter.db,
+            SuspectLetter { id: WebhookId::parse(&letter.id)?, doc_id: letter.doc_id, resolved },
+        ))
+    });
+    Ok(suspects.collect())
 }
 
 /// Reads a webhook's record, changes it, stores it under its `_rev`; again when somebody else was first.

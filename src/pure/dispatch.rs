@@ -363,6 +363,11 @@ impl Dispatch {
         self.count_suspects();
     }
 
+    /// Whether we send this letter again already.
+    pub fn is_suspect(&self, id: &message::WebhookId) -> bool {
+        self.suspects.iter().any(|suspect| suspect.letter.id == *id)
+    }
+
     // --- Inputs ------------------------------------------------------------------------------------------
 
     /// Answer to [`Read::Open`].

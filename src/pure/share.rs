@@ -47,6 +47,21 @@ impl Division {
                 .iter()
                 .all(|(other, in_doubt)| !in_doubt && rendezvous::is_before(&self.me, other, db))
     }
+
+    /// Whether all that is ours is ours by now: nobody may still be telling some of it.
+    pub fn is_settled(&self) -> bool {
+        self.in_force && self.others.values().all(|in_doubt| !in_doubt)
+    }
+
+    /// Our own name among the members.
+    pub fn me(&self) -> &str {
+        &self.me
+    }
+
+    /// All that are there, we among them.
+    pub fn members(&self) -> BTreeSet<String> {
+        self.others.keys().cloned().chain([self.me.clone()]).collect()
+    }
 }
 
 /// One member's view of all.

@@ -2,15 +2,17 @@
 //! comes changes whose they are.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::process::Stdio;
 use std::time::Duration;
 
+use couch_hookd::pure::message::WebhookId;
 use couch_hookd::standin::couch::{Flavour, StandIn};
 use couch_hookd::standin::receiver::Receiver;
-use couch_hookd::standin::record::Delivery;
-use serde_json::json;
+use couch_hookd::standin::record::{Delivery, Record};
+use serde_json::{Value, json};
 
 use crate::host::WAIT_MAX;
-use crate::world::{Daemon, Ini, STATE_DB, couch, long, receiver_with};
+use crate::world::{Daemon, Ini, STATE_DB, couch, letters, long, receiver_with};
 
 const NAMES: [&str; 3] = ["a", "b", "c"];
 
@@ -41,7 +43,9 @@ impl Divided {
     }
 
     fn ini(&self, name: &str) -> Ini {
-        let lines = format!("header.x-who = {name}\ndb = tenant-*\nsince = now\nlease = shared");
+        let lines = format!(
+            "header.x-who = {name}\ndb = tenant-*\nsince = now\nlease = shared\nretry_schedule = 100ms, 100ms, 100ms, 100ms, 1s"
+        );
         let hookd = "sweep_interval = 1s\nsweep_rate = 1000";
         Ini::new(&self.couch.url()).hookd(hookd).webhook("tenants", &self.receiver.url(), &lines)
     }
@@ -101,6 +105,43 @@ impl Divided {
     }
 }
 
+/// Three daemons, each of which has told something of what was written last: the databases are divided.
+fn divided(n_dbs: usize, ttl: Duration) -> Divided {
+    let divided = Divided::start(n_dbs, ttl);
+    for n in 0..20 {
+        if divided.round(&format!("round-{n}")).len() == NAMES.len() {
+            break;
+        }
+    }
+    let counts = divided.round("doc");
+    assert_eq!(counts.len(), NAMES.len(), "{counts:?}\n{}", divided.transcript());
+    divided
+}
+
+/// Stores a letter about `doc` of each database, as the daemon does.
+fn store_letters(divided: &Divided, class: &str) {
+    for db in &divided.dbs {
+        let rev = divided.couch.winner(db, "doc").unwrap().rev;
+        let mark = divided.couch.look(|seen| seen.local(db, "couch-hookd")).unwrap();
+        let mark: Value = serde_json::from_str(&mark).unwrap();
+        let id = WebhookId::of(&("tenants", db, mark["mark"].as_str().unwrap(), "doc", [&rev])).to_string();
+        let letter = json!({"webhook": "tenants", "db": db, "mark": mark["mark"], "doc_id": "doc", "rev": rev,
+            "revs": [rev], "seq": null, "event_type": "document.updated", "class": class, "status": 422,
+            "answer": "total is missing", "attempts": 3, "first_attempt_at": "2026-11-21T20:46:40Z",
+            "stored_at": "2026-11-21T20:46:41.5Z"});
+        divided.couch.put(STATE_DB, &id, &letter).unwrap();
+    }
+}
+
+/// Of which databases letters were sent again and taken, and who did it.
+fn replayed(record: &Record) -> BTreeMap<String, BTreeSet<String>> {
+    let mut by_db: BTreeMap<String, BTreeSet<String>> = BTreeMap::new();
+    for one in record.deliveries().iter().filter(|one| one.replay && one.accepted()) {
+        by_db.entry(one.db().to_owned()).or_default().insert(who(one).to_owned());
+    }
+    by_db
+}
+
 fn who(one: &Delivery) -> &str {
     let header = one.headers.iter().find(|(name, _)| name.eq_ignore_ascii_case("x-who"));
     header.map_or("", |(_, value)| value)
@@ -138,5 +179,53 @@ fn each_tells_its_part_and_what_one_leaves_is_taken_up() {
         }
     }
     assert!(counts.contains_key("b"), "{counts:?}\n{}", divided.transcript());
+    divided.check_ids();
+}
+
+#[test]
+fn letters_are_sent_again_by_those_who_tell_their_databases_also_when_one_dies_meanwhile() {
+    let n_dbs = if long() { 300 } else { 36 };
+    let mut divided = divided(n_dbs, Duration::from_secs(2));
+    for is_killed in [false, true] {
+        store_letters(&divided, "refused");
+        let rate = if is_killed { "4" } else { "1000" };
+        let ini = divided.daemons["a"].files().into_iter().find(|path| path.ends_with("hookd.ini")).unwrap();
+        let mut command = std::process::Command::new(env!("CARGO_BIN_EXE_couch-hookd"));
+        command.args(["dead-letters", "replay", "--yes", "--json", "--webhook", "tenants", "--rate", rate]);
+        let n_before = divided.receiver.look(|record| record.deliveries().len());
+        let child =
+            command.arg("--config").arg(ini).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+        if is_killed {
+            let has_sent = |record: &Record| {
+                record.deliveries()[n_before..].iter().any(|one| one.replay && who(one) == "b")
+            };
+            assert!(divided.receiver.wait_until(WAIT_MAX, has_sent), "{}", divided.transcript());
+            divided.daemons.get_mut("b").unwrap().kill();
+        }
+        let output = child.wait_with_output().unwrap();
+        assert!(output.status.success(), "{output:?}\n{}", divided.transcript());
+        let answer: Value = serde_json::from_slice(&output.stdout).unwrap();
+        let counts = ["letters", "delivered", "left"].map(|name| answer[name].as_u64().unwrap());
+        assert_eq!(counts, [n_dbs as u64, n_dbs as u64, 0], "{answer}\n{}", divided.transcript());
+        assert_eq!(letters(&divided.couch), Vec::<Value>::new());
+        let by_db = divided.receiver.look(replayed);
+        assert_eq!(by_db.len(), n_dbs);
+        if !is_killed {
+            let names: BTreeSet<String> = by_db.values().flatten().cloned().collect();
+            assert!(by_db.values().all(|names| names.len() == 1), "{by_db:?}");
+            assert_eq!(names.len(), NAMES.len(), "{by_db:?}");
+        }
+    }
+    divided.check_ids();
+}
+
+#[test]
+fn suspects_of_what_one_leaves_are_sent_again_by_others() {
+    let mut divided = divided(24, Duration::from_secs(2));
+    store_letters(&divided, "suspect");
+    // Nobody looks for letters but at a start, and when databases become theirs.
+    divided.daemons.get_mut("b").unwrap().kill();
+    let all_sent = |record: &Record| replayed(record).len() == 24;
+    assert!(divided.receiver.wait_until(WAIT_MAX * 3, all_sent), "{}", divided.transcript());
     divided.check_ids();
 }

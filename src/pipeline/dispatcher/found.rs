@@ -31,6 +31,8 @@ use crate::pure::roster::Roster;
 pub(super) const ACTIVE_MAX: usize = 1_024;
 /// With `lease = shared`, how often it is looked whether the databases are divided anew.
 const LOOK_EVERY: Duration = Duration::from_millis(200);
+/// When letters could not be listed, it is tried again after this.
+const LIST_AGAIN: Duration = Duration::from_secs(5);
 /// What is known of the databases is stored this often, where it changed.
 const SAVE_EVERY: Duration = Duration::from_secs(60);
 
@@ -44,6 +46,8 @@ pub(super) struct Found {
     /// With `lease = shared`: the division that what is known goes by, and when to look for another.
     generation: u64,
     look_at: Option<Instant>,
+    /// When to look for letters that became ours with their databases.
+    suspects_at: Option<Instant>,
     /// Of all of them: thousands may have one fault.
     complaint: Complaint,
     save_at: Instant,
@@ -61,6 +65,7 @@ impl Found {
         let mut found = Found {
             generation: 0,
             look_at: None,
+            suspects_at: None,
             pattern,
             roster,
             seeks,
@@ -148,9 +153,21 @@ impl Dispatcher<'_> {
             for flow in found.roster.divide(|db| division.is_mine(db)) {
                 self.dispatch.leave(flow);
             }
+            found.suspects_at = Some(now);
+        }
+        if found.suspects_at.is_some_and(|at| at <= now) {
+            found.suspects_at = None;
+            self.store.order(Errand::ListSuspects);
         }
         if found.roster.is_settled() {
             share.on_settled(found.generation);
+        }
+    }
+
+    /// Letters could not be listed.
+    pub(super) fn list_suspects_again(&mut self, now: Instant) {
+        if let Some(found) = &mut self.found {
+            found.suspects_at = Some(now + LIST_AGAIN);
         }
     }
 
