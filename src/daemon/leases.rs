@@ -410,6 +410,7 @@ impl Keeper {
             return Ok(());
         }
         self.looked_at = now;
+        self.entries.values_mut().for_each(|entry| entry.lease.on_asking(now));
         self.look_at = now + self.times.renew.mul_f64(0.8 + 0.2 * sys::jitter());
         // Alone nobody needs leases: that nobody else is there is enough.
         let is_quiet = |entry: &Entry| entry.lease.state() == State::Alone && !entry.lease.must_look();

@@ -19,7 +19,10 @@
 //!
 //! A daemon that is alone (`lease = auto`) tells without a lease. Each announces itself *before* it looks who else is
 //! there, so of two that start at the same time one at least sees the other; whoever sees one that may tell without a
-//! lease gives it a `ttl` to take one.
+//! lease gives it a `ttl` to take one. That one tells on meanwhile, but no longer than `ttl - margin` after it *asked* for
+//! the last look that showed nobody: who came was not there by then, and waits a `ttl` from later on. (Only a look shows
+//! it: whoever cannot reach CouchDB tells what it has read, and does not know that somebody came. A limit, README
+//! "Several daemons".)
 //!
 //! Where CouchDB is not linearizable both branches of a conflict may be taken for a while: then two tell, until one of
 //! them reads that the other has won. What is told twice has the same `webhook-id`.
@@ -130,7 +133,7 @@ pub enum Answer {
 pub struct Telling {
     /// Another one when somebody else may have told in between.
     pub tenure: u64,
-    /// Up to when; `None` while nobody else is there.
+    /// Up to when; `None` while nobody else is known to be there.
     pub until: Option<Duration>,
 }
 
@@ -171,6 +174,9 @@ pub struct Lease {
     /// Those who may tell without a lease, and since when we know.
     others: BTreeMap<String, Option<Duration>>,
     alone_since: Option<Duration>,
+    /// When the look under way was asked for, and the last one that showed nobody else.
+    asked_at: Option<Duration>,
+    clean_at: Duration,
     /// What our announcement says.
     announced: Option<bool>,
     leaving: bool,
@@ -198,6 +204,8 @@ impl Lease {
             patience: Duration::ZERO,
             others: BTreeMap::new(),
             alone_since: None,
+            asked_at: None,
+            clean_at: Duration::ZERO,
             announced: None,
             leaving: false,
             letting_go: false,
@@ -220,15 +228,25 @@ impl Lease {
         }
     }
 
+    /// CouchDB is about to be asked for what [`Lease::on_look`] is given.
+    pub fn on_asking(&mut self, now: Duration) {
+        self.asked_at = Some(now);
+    }
+
     /// What CouchDB holds; it was asked after the last announcement, first for the lease, then for the others.
     /// `jitter` is in `0.0..1.0`.
     pub fn on_look(&mut self, doc: Option<&Doc>, others: &[Other], now: Duration, jitter: f64) {
         self.must_look = false;
-        if doc.map(|doc| &doc.rev) != self.doc.as_ref().map(|doc| &doc.rev) {
+        let is_new = doc.map(|doc| &doc.rev) != self.doc.as_ref().map(|doc| &doc.rev);
+        if is_new {
             self.standing_since = now;
             self.patience = self.times.ttl.mul_f64(jitter / 10.0);
         }
         self.doc = doc.cloned();
+        let asked_at = self.asked_at.take().unwrap_or(now);
+        if others.is_empty() {
+            self.clean_at = asked_at;
+        }
         self.note_others(others, now);
         let ours = doc.filter(|doc| doc.holder == self.me);
         match &self.pending {
@@ -239,9 +257,11 @@ impl Lease {
             Some(pending) if doc.map(|doc| &doc.rev) != pending.order.over.as_ref() => self.pending = None,
             Some(_) | None => {}
         }
+        // Given back by now, perhaps, but somebody had it.
+        let was_taken = is_new && ours.is_none() && doc.is_some();
         match self.state {
             State::Held if ours.is_none_or(|doc| doc.released) => self.lose(),
-            State::Alone if !self.is_free(now) => self.lose(),
+            State::Alone if was_taken || !self.is_free(now) => self.lose(),
             State::Unknown => self.begin(now),
             State::Held => self.think_of_leaving(now),
             State::Alone | State::Standby => {}
@@ -330,7 +350,8 @@ impl Lease {
     /// Whether we may tell.
     pub fn telling(&self) -> Option<Telling> {
         let until = match self.state {
-            State::Alone => None,
+            State::Alone if self.others.is_empty() => None,
+            State::Alone => Some(self.clean_at + self.times.own()),
             State::Held => Some(self.until),
             State::Unknown | State::Standby => return None,
         };
