@@ -392,7 +392,7 @@ pub const KEYS: &[Key] = &[
         Kind::Word(&["auto", "on", "off", "shared"]),
         "auto",
         "Several daemons on one `state_db`: who holds the lease tells. `auto`: while others are there; `off`: every daemon tells; \
-         `shared`: each tells its part of the databases found by pattern.",
+         `shared`: each tells its part of the databases found by pattern (with `watch = databases` one tells all, as with `on`).",
     ),
     optional(webhook(
         "endpoint_guard",

@@ -110,6 +110,7 @@ pub(crate) fn parse(
         lease: match reader.word("lease", &[]) {
             "off" => None,
             "on" => Some(Mode::On),
+            "shared" if watch == Watch::Databases => Some(one_teller(&mut reader)),
             "shared" => Some(Mode::Shared),
             _ => Some(Mode::Auto),
         },
@@ -221,7 +222,14 @@ pub(crate) const OF_CHANGES: [&str; 9] = [
     "design_docs",
 ];
 
-/// What is said of conflicts needs `conflicts = true`, and bodies a format that holds them.
+/// Databases are told of from one walk over all of them, whoever tells.
+fn one_teller(reader: &mut Reader<'_>) -> Mode {
+    let message = "`shared` divides changes of documents; with `watch = databases` there is nothing to divide, so one daemon \
+        tells, as with `on`: write that";
+    reader.warning("lease", message);
+    Mode::On
+}
+
 /// What is divided is found by pattern: a database that is named has a feed of its own, which nobody hands over.
 fn check_shared(reader: &mut Reader<'_>, webhook: &Webhook) {
     if webhook.lease != Some(Mode::Shared) {
@@ -240,6 +248,7 @@ fn check_shared(reader: &mut Reader<'_>, webhook: &Webhook) {
     reader.error("lease", found);
 }
 
+/// What is said of conflicts needs `conflicts = true`, and bodies a format that holds them.
 fn check_conflicts(reader: &mut Reader<'_>, webhook: &Webhook) {
     if webhook.watch != Watch::Changes {
         return;

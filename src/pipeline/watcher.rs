@@ -122,12 +122,13 @@ impl Watcher {
         let (stored, revs) = self.stored(mark)?;
         let webhook = &self.watching.telling.webhook;
         let mut machine = DatabaseEvents::new(webhook, mark, stored, through.map_or(0, number), is_quiet);
-        if machine.is_first_look() {
-            machine.on_there(self.names()?);
-        }
+        // Before what is there is listed: what happens meanwhile is hinted at.
         let (to, sightings) = bounded(SIGHTINGS_MAX);
         let wanted = Arc::clone(&self.watching.wanted);
         self.watching.lookout.subscribe(Box::new(move |db| wanted(db)), to)?;
+        if machine.is_first_look() {
+            machine.on_there(self.names()?);
+        }
         let generation = welcome.generation;
         self.opened = Some(Opened { machine, generation, revs, sightings, waiting: Waiting::default() });
         self.store()
@@ -193,8 +194,10 @@ impl Watcher {
         let Opened { machine, waiting, .. } = self.opened_mut();
         match sighting {
             Sighting::Hinted(hints) => {
-                let dbs = hints.iter().map(|hint| hint.db()).filter(|db| wanted(db));
-                dbs.for_each(|db| waiting.add(db, None));
+                for db in hints.iter().map(|hint| hint.db()).filter(|db| wanted(db)) {
+                    machine.on_hinted(db);
+                    waiting.add(db, None);
+                }
             }
             Sighting::Infos(infos) => {
                 for (db, info) in infos.iter().filter(|(db, _)| wanted(db)) {

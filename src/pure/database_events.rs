@@ -7,7 +7,8 @@
 //! Guarantees that what happened is remembered together with its event, so that a kill loses neither; that a number once
 //! given to an event is never given to another (`webhook-id`s are made of it); and that what waits for an endpoint that
 //! is down is bounded: of a database it is at most its last coming or going, and that it was changed since. Events that
-//! may be on their way are left alone. What is there when a webhook first starts is known, not told.
+//! may be on their way are left alone. What is there when a webhook first starts is known, not told; what is written to it
+//! before the first look into it is told when CouchDB tells of it.
 
 pub mod known;
 pub mod telling;
@@ -15,7 +16,7 @@ pub mod telling;
 use std::collections::BTreeSet;
 
 use jiff::Timestamp;
-use serde_json::json;
+use serde::Serialize;
 
 use crate::pure::checkpoint::Mark;
 use crate::pure::database_events::known::{BUCKETS, Bucket, Known, bucket_of};
@@ -52,6 +53,16 @@ pub struct Found {
     pub ddocs: Vec<String>,
 }
 
+/// `data` of the payload (DESIGN §5).
+#[derive(Serialize)]
+struct Data<'a> {
+    webhook: &'a str,
+    db: &'a str,
+    /// Of a design document.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    id: Option<&'a str>,
+}
+
 /// The machine.
 #[derive(Debug)]
 pub struct DatabaseEvents {
@@ -59,6 +70,8 @@ pub struct DatabaseEvents {
     mark: Mark,
     buckets: Vec<Bucket>,
     dirty: Vec<bool>,
+    /// By bucket the lowest number that was taken back since it was stored: it is still there.
+    taken_back: Vec<Option<u64>>,
     /// Buckets that were never stored: what there is of them at the first look is known, not told.
     is_quiet: Vec<bool>,
     /// Seen since the walk under way began.
@@ -90,6 +103,7 @@ impl DatabaseEvents {
             mark,
             buckets,
             dirty: vec![false; BUCKETS],
+            taken_back: vec![None; BUCKETS],
             is_quiet,
             seen: BTreeSet::new(),
             last,
@@ -130,6 +144,17 @@ impl DatabaseEvents {
         known.is_none_or(|known| !known.clean.contains(&fingerprint))
     }
 
+    /// CouchDB tells that something happened to a database. Where that cannot be seen by a look, the hint is believed: of
+    /// one that was there at the first start what was written before the first look is not behind its place.
+    pub fn on_hinted(&mut self, db: &str) {
+        let bucket = bucket_of(db);
+        let Some(known) = self.buckets[bucket].databases.get_mut(db) else { return };
+        if (known.mark.is_none() || known.is_fresh) && !known.is_hinted {
+            known.is_hinted = true;
+            self.dirty[bucket] = true;
+        }
+    }
+
     /// A database was looked into after `fingerprint` was seen of it, if it was a walk that led there.
     pub fn on_found(&mut self, db: &str, found: Found, fingerprint: Option<u64>, at: Timestamp) {
         let bucket = bucket_of(db);
@@ -139,9 +164,11 @@ impl DatabaseEvents {
         match &before {
             None => self.tell(db, CREATED, at, None),
             // It was there at the first start, and is looked into for the first time.
-            Some(Known { mark: None, .. }) => {}
-            Some(before) if before.mark != Some(found.mark) => self.tell(db, RECREATED, at, None),
-            Some(_) if found.has_changed => {
+            Some(Known { mark: None, is_hinted: false, .. }) => {}
+            Some(before) if before.mark.is_some_and(|mark| mark != found.mark) => {
+                self.tell(db, RECREATED, at, None);
+            }
+            Some(before) if found.has_changed || before.is_hinted => {
                 self.tell(db, UPDATED, at, None);
                 for ddoc in &found.ddocs {
                     self.tell(db, DDOC_UPDATED, at, Some(ddoc));
@@ -176,11 +203,8 @@ impl DatabaseEvents {
         let handed = self.handed;
         let bucket = &mut self.buckets[bucket_of(db)];
         let waits = |kept: &Kept| kept.n > handed && kept.key == db;
-        let data = match ddoc {
-            Some(id) => json!({ "webhook": self.webhook, "db": db, "id": id }),
-            None => json!({ "webhook": self.webhook, "db": db }),
-        };
-        let data = data.to_string();
+        let data = Data { webhook: &self.webhook, db, id: ddoc };
+        let data = serde_json::to_string(&data).expect("texts are always JSON");
         let mut event_type = event_type;
         if matches!(event_type, UPDATED | DDOC_UPDATED) {
             let is_same = |kept: &Kept| waits(kept) && kept.event_type == event_type && kept.data == data;
@@ -197,7 +221,14 @@ impl DatabaseEvents {
                 (Some(DELETED), CREATED) => RECREATED,
                 (_, event_type) => event_type,
             };
+            let lowest = bucket.events.iter().find(|kept| waits(kept)).map(|kept| kept.n);
+            let taken_back = &mut self.taken_back[bucket_of(db)];
+            *taken_back = taken_back.or(lowest);
             bucket.events.retain(|kept| !waits(kept));
+            if (waiting.as_deref(), event_type) == (Some(CREATED), DELETED) {
+                // Nobody heard of it: nobody needs to know that it is gone.
+                return;
+            }
         }
         self.last += 1;
         bucket.last = self.last;
@@ -219,7 +250,7 @@ impl DatabaseEvents {
 
     /// One of them is stored.
     pub fn on_stored(&mut self, index: usize) {
-        self.dirty[index] = false;
+        (self.dirty[index], self.taken_back[index]) = (false, None);
     }
 
     /// Events up to this number are delivered, or dead letters.
@@ -233,13 +264,12 @@ impl DatabaseEvents {
         let mut events: Vec<&Kept> =
             stored.flat_map(|(bucket, _)| &bucket.events).filter(|kept| kept.n > after).collect();
         events.sort_by_key(|kept| kept.n);
-        // What is not stored yet is sent before nothing that came later.
+        // Nothing is sent before what came earlier and is not stored yet, or is stored and was taken back: a kill would
+        // bring it back, and it would count as sent.
         let unstored = self.buckets.iter().zip(&self.dirty).filter(|(_, dirty)| **dirty);
-        let first = unstored
-            .flat_map(|(bucket, _)| &bucket.events)
-            .filter(|kept| kept.n > after)
-            .map(|kept| kept.n)
-            .min();
+        let unstored = unstored.flat_map(|(bucket, _)| &bucket.events).map(|kept| kept.n);
+        let taken_back = self.taken_back.iter().flatten().copied();
+        let first = unstored.chain(taken_back).filter(|n| *n > after).min();
         events.retain(|kept| first.is_none_or(|first| kept.n < first));
         events.truncate(n_max);
         let events: Vec<Kept> = events.into_iter().cloned().collect();
@@ -266,7 +296,10 @@ impl Known {
         // Where nothing changed the place that is known is as good: it need not be stored again.
         let through = same.and_then(|before| before.through.clone());
         let through = through.unwrap_or_else(|| found.through.as_json().to_owned());
-        Known { mark: Some(found.mark), through: Some(through), clean }
+        // CouchDB may yet tell of what was written before the first look.
+        let was_fresh = |before: &Known| before.mark.is_none() || (same.is_some() && before.is_fresh);
+        let is_fresh = before.is_some_and(|before| !before.is_hinted && was_fresh(before));
+        Known { mark: Some(found.mark), through: Some(through), clean, is_hinted: false, is_fresh }
     }
 }
 

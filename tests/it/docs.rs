@@ -7,6 +7,7 @@ use std::path::Path;
 use couch_hookd::config::keys;
 use couch_hookd::pure::about;
 use couch_hookd::pure::changes::{Item, Parser, Row, RowDoc, Shape};
+use couch_hookd::pure::database_events;
 use couch_hookd::pure::format::Format;
 use couch_hookd::pure::message::{Telling, Watch, WebhookId};
 use couch_hookd::pure::seq::Seq;
@@ -79,20 +80,19 @@ fn the_examples_of_formats_are_what_the_code_makes() {
 fn every_other_example_fits_its_schema_and_every_type_is_described() {
     check_examples("daemon", 4, &about::TYPES);
     check_examples("replication", 2, &transitions::TYPES);
+    check_examples("database", 5, &database_events::TYPES);
 }
 
 /// The examples labelled so, the schema named so, and the table of types.
 fn check_examples(label: &str, n_examples: usize, types: &[&str]) {
     let text = read("docs/events.md");
-    let schema: Value = serde_json::from_str(&read(&format!("docs/{label}-event.schema.json"))).unwrap();
+    let schema = schema_of(label);
     let examples: Vec<Value> = code_blocks(&text, &format!("json {label}"))
         .map(|json| serde_json::from_str(json).unwrap())
         .collect();
     assert_eq!(examples.len(), n_examples);
     for example in &examples {
-        let mut faults = Vec::new();
-        collect_faults(example, &schema, "", &mut faults);
-        assert_eq!(faults, [""; 0], "{example}");
+        assert_fits(label, example);
     }
     let listed: Vec<&str> =
         schema["properties"]["type"]["enum"].as_array().unwrap().iter().filter_map(Value::as_str).collect();
@@ -213,6 +213,18 @@ fn row(seq: &str, doc: &str) -> Row {
         doc: RowDoc::Json(doc),
         line: None,
     }
+}
+
+/// Fails when a body is not what docs/LABEL-event.schema.json says.
+#[track_caller]
+pub(crate) fn assert_fits(label: &str, body: &Value) {
+    let mut faults = Vec::new();
+    collect_faults(body, &schema_of(label), "", &mut faults);
+    assert_eq!(faults, [""; 0], "{body}");
+}
+
+fn schema_of(label: &str) -> Value {
+    serde_json::from_str(&read(&format!("docs/{label}-event.schema.json"))).unwrap()
 }
 
 /// What of a body docs/event.schema.json does not allow, or does not tell of. Knows the words that the schema uses for

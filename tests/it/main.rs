@@ -45,6 +45,7 @@ mod standin_recorded;
 mod standin_replicator;
 mod trial;
 mod watcher;
+mod watcher_kills;
 mod world;
 
 mod outside;

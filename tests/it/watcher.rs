@@ -17,10 +17,12 @@ use couch_hookd::pure::format::Format;
 use couch_hookd::pure::message::{Arrived, Telling, Watch};
 use couch_hookd::pure::seq::Seq;
 use couch_hookd::standin::couch::{Flavour, Options, StandIn};
+use couch_hookd::standin::quirks::{Fault, FaultKind};
 use couch_hookd::standin::record::Record;
 use couch_hookd::sys;
-use serde_json::json;
+use serde_json::{Value, json};
 
+use crate::docs::assert_fits;
 use crate::host::WAIT_MAX;
 use crate::world::{Daemon, FLAVOURS, Ini};
 
@@ -128,8 +130,19 @@ fn told_of(event: &couch_hookd::pure::message::Event) -> (String, String) {
     (format!("{} {}", about.event_type, about.data), event.id.to_string())
 }
 
+/// Bodies that were accepted, in order; each is what docs/events.md says.
+pub(crate) fn bodies(record: &Record) -> Vec<Value> {
+    let accepted = record.deliveries().iter().filter(|one| one.accepted());
+    let bodies = accepted.map(|one| serde_json::from_slice(&one.body).unwrap()).inspect(|body: &Value| {
+        assert_fits("database", body);
+        let names_a_ddoc = body["data"].get("id").is_some();
+        assert_eq!(body["type"] == "database.ddoc_updated", names_a_ddoc, "{body}");
+    });
+    bodies.collect()
+}
+
 fn text(event_type: &str, db: &str) -> String {
-    format!("database.{event_type} {{\"db\":\"{db}\",\"webhook\":\"dbs\"}}")
+    format!("database.{event_type} {{\"webhook\":\"dbs\",\"db\":\"{db}\"}}")
 }
 
 #[test]
@@ -150,7 +163,7 @@ fn databases_that_come_change_and_go_are_told_with_hints_and_without() {
         couch.put("other", "a", &json!({})).unwrap();
         told.extend(life.until(&[&text("updated", "tenant-new")]));
         couch.put("tenant-new", "_design/v", &json!({})).unwrap();
-        let ddoc = "database.ddoc_updated {\"db\":\"tenant-new\",\"id\":\"_design/v\",\"webhook\":\"dbs\"}";
+        let ddoc = "database.ddoc_updated {\"webhook\":\"dbs\",\"db\":\"tenant-new\",\"id\":\"_design/v\"}";
         told.extend(life.until(&[ddoc]));
         couch.delete_db("tenant-old");
         told.extend(life.until(&[&text("deleted", "tenant-old")]));
@@ -214,6 +227,61 @@ fn what_was_told_and_not_delivered_is_told_again_with_its_id_and_what_happened_m
 }
 
 #[test]
+fn what_is_written_before_the_first_look_is_told_when_couchdb_tells_of_it() {
+    let world = World::new(Flavour::V3);
+    let couch = &world.couch;
+    ["_global_changes", "tenant-old", "tenant-same"].iter().for_each(|db| couch.create_db(db));
+    // No walk leads to any.
+    let fault =
+        Fault { request: "POST /_dbs_info".to_owned(), times: 1_000_000, kind: FaultKind::Status(500) };
+    couch.quirks(|quirks| quirks.faults.push(fault));
+    let mut life = world.start(&position_now());
+    assert!(couch.wait_until(WAIT_MAX, |seen| seen.n_requests("GET /_db_updates") > 0));
+    couch.put("tenant-old", "a", &json!({})).unwrap();
+    assert_eq!(life.until(&[&text("updated", "tenant-old")]).len(), 1);
+    couch.put("tenant-old", "a", &json!({})).unwrap();
+    assert_eq!(life.until(&[&text("updated", "tenant-old")]).len(), 1);
+    couch.quirks(|quirks| quirks.faults.clear());
+    couch.delete_db("tenant-old");
+    assert_eq!(life.until(&[&text("deleted", "tenant-old")]).len(), 1, "the other one did not change");
+}
+
+/// There is one walk over all databases, so nothing to divide.
+#[test]
+fn one_daemon_tells_of_databases_also_where_the_lease_is_to_be_shared() {
+    let couch = crate::world::couch(Flavour::V3, &["_global_changes"]);
+    let receiver = crate::world::receiver_with(|options| options.keep_bodies = true);
+    let ini = Ini::new(&couch.url()).hookd("sweep_interval = 1s\nsweep_rate = 1000").webhook(
+        "dbs",
+        &receiver.url(),
+        "watch = databases\ndb = tenant-*\nlease = shared",
+    );
+    let times = [("HOOKD_TEST_LEASE_TTL_MS", "1500")];
+    let mut daemons = [Daemon::start_with(&ini, &times), Daemon::start_with(&ini, &times)];
+    daemons[0].wait_for_log("with `watch = databases` there is nothing to divide");
+    let holder = || {
+        let lease = couch.winner(STATE_DB, "lease:dbs").filter(|doc| !doc.deleted)?;
+        let lease: Value = serde_json::from_str(&lease.json).unwrap();
+        lease["pid"].as_u64().filter(|_| lease["released"] == false)
+    };
+    let is_told = |db: &str, daemons: &[Daemon; 2]| {
+        let told = |record: &Record| bodies(record).iter().any(|body| body["data"]["db"] == db);
+        let log = || daemons.each_ref().map(Daemon::transcript).join("\n");
+        assert!(receiver.wait_until(WAIT_MAX, told), "{}", log());
+    };
+    couch.create_db("tenant-1");
+    is_told("tenant-1", &daemons);
+    let pid = holder().expect("whoever told holds it");
+    daemons.iter_mut().find(|one| u64::from(one.pid()) == pid).expect("it is one of them").kill();
+    couch.create_db("tenant-2");
+    is_told("tenant-2", &daemons);
+    assert_ne!(holder(), Some(pid));
+    let ids: BTreeSet<String> = receiver
+        .look(|record| bodies(record).iter().map(|body| body["id"].as_str().unwrap().to_owned()).collect());
+    assert_eq!(ids.len(), 2, "{ids:?}");
+}
+
+#[test]
 fn a_daemon_tells_of_databases_through_kills() {
     for flavour in FLAVOURS {
         let couch = crate::world::couch(flavour, &["tenant-old", "other"]);
@@ -233,11 +301,9 @@ fn a_daemon_tells_of_databases_through_kills() {
         let has = |event_type: &str, db: &str| {
             let wanted = (format!("database.{event_type}"), db.to_owned());
             move |record: &Record| {
-                record.deliveries().iter().filter(|one| one.accepted()).any(|one| {
-                    let body: serde_json::Value = serde_json::from_slice(&one.body).unwrap();
-                    (body["type"].as_str(), body["data"]["db"].as_str())
-                        == (Some(wanted.0.as_str()), Some(wanted.1.as_str()))
-                })
+                let mut bodies = bodies(record).into_iter();
+                bodies
+                    .any(|body| (&body["type"], &body["data"]["db"]) == (&json!(wanted.0), &json!(wanted.1)))
             }
         };
         world.wait("created", has("created", "tenant-1"));
@@ -250,8 +316,7 @@ fn a_daemon_tells_of_databases_through_kills() {
         world.wait("deleted", has("deleted", "tenant-old"));
         world.wait("created, too", has("created", "tenant-2/x"));
         world.receiver.look(|record| {
-            for one in record.deliveries() {
-                let body: serde_json::Value = serde_json::from_slice(&one.body).unwrap();
+            for body in bodies(record) {
                 let (source, db) = (body["source"].as_str().unwrap(), body["data"]["db"].as_str().unwrap());
                 assert!(
                     source.ends_with(&format!("/{}", couch_hookd::couch::client::encoded(db))),

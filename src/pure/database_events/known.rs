@@ -33,6 +33,13 @@ pub struct Known {
     pub through: Option<String>,
     /// Fingerprints of states that hold nothing behind it, oldest first.
     pub clean: Vec<u64>,
+    /// CouchDB told of something that a look cannot find: it is told at the next one, whatever is found.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub is_hinted: bool,
+    /// There at the first start, and not changed since the first look: a hint of what was written before that may yet
+    /// come.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub is_fresh: bool,
 }
 
 impl Known {

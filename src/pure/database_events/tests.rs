@@ -60,21 +60,21 @@ fn coming_changing_and_going_are_told() {
     };
     assert!(machine.on_seen("a", 1));
     machine.on_found("a", found(1, true), Some(1), at);
-    check(&mut machine, &[r#"database.created {"db":"a","webhook":"dbs"}"#]);
+    check(&mut machine, &[r#"database.created {"webhook":"dbs","db":"a"}"#]);
     assert!(!machine.on_seen("a", 1) && machine.on_seen("a", 2));
     machine.on_found("a", found(1, false), Some(2), at);
     check(&mut machine, &[]);
     assert!(!machine.on_seen("a", 1) && !machine.on_seen("a", 2), "one state has several spellings");
     let ddocs = vec!["_design/v".to_owned()];
     machine.on_found("a", Found { ddocs, ..found(1, true) }, Some(3), at);
-    let ddoc = r#"database.ddoc_updated {"db":"a","id":"_design/v","webhook":"dbs"}"#;
-    check(&mut machine, &[r#"database.updated {"db":"a","webhook":"dbs"}"#, ddoc]);
+    let ddoc = r#"database.ddoc_updated {"webhook":"dbs","db":"a","id":"_design/v"}"#;
+    check(&mut machine, &[r#"database.updated {"webhook":"dbs","db":"a"}"#, ddoc]);
     assert!(machine.on_seen("a", 1), "what was clean before a change is not after it");
     machine.on_found("a", found(2, true), Some(4), at);
-    check(&mut machine, &[r#"database.recreated {"db":"a","webhook":"dbs"}"#]);
+    check(&mut machine, &[r#"database.recreated {"webhook":"dbs","db":"a"}"#]);
     machine.on_gone("a", at);
     machine.on_gone("a", at);
-    check(&mut machine, &[r#"database.deleted {"db":"a","webhook":"dbs"}"#]);
+    check(&mut machine, &[r#"database.deleted {"webhook":"dbs","db":"a"}"#]);
 }
 
 #[test]
@@ -96,6 +96,45 @@ fn what_was_there_at_the_first_start_is_known_and_what_comes_later_is_told() {
     machine.on_found("a", found(1, true), None, at);
     machine.on_gone("b", at);
     assert_eq!(waiting(&machine), ["created c", "updated a", "deleted b"]);
+}
+
+#[test]
+fn what_is_written_before_the_first_look_is_told_when_couchdb_tells_of_it() {
+    let at = Timestamp::UNIX_EPOCH;
+    // Each letter: a Hint, a look that Finds nothing new, one that finds a Change, a Kill; what waits in the end.
+    let check = |steps: &str, expected: &[&str]| {
+        let mut machine = DatabaseEvents::new("dbs", ours(), vec![None; BUCKETS], 0, true);
+        machine.on_there(["a".to_owned()]);
+        let mut stored = stored_all(&mut machine);
+        for step in steps.chars() {
+            match step {
+                'h' => machine.on_hinted("a"),
+                // Of what is not known every look says that it has changed.
+                'f' => machine.on_found("a", found(1, machine.known("a").is_none()), None, at),
+                'c' => machine.on_found("a", found(1, true), None, at),
+                _ => machine = DatabaseEvents::new("dbs", ours(), stored.clone(), 0, true),
+            }
+            store(&mut machine, &mut stored);
+        }
+        assert_eq!(waiting(&machine), expected, "{steps}");
+    };
+    check("f", &[]);
+    check("hf", &["updated a"]);
+    check("hkf", &["updated a"]);
+    // The hint was late.
+    check("fhf", &["updated a"]);
+    check("fhkf", &["updated a"]);
+    // From then on a look says it all.
+    check("fhfkhf", &["updated a"]);
+    check("fchf", &["updated a"]);
+    check("fkhf", &["updated a"]);
+    let mut machine = DatabaseEvents::new("dbs", ours(), vec![None; BUCKETS], 0, false);
+    machine.on_found("b", found(1, true), None, at);
+    stored_all(&mut machine);
+    machine.events_after(0, 100);
+    machine.on_hinted("b");
+    machine.on_found("b", found(1, false), None, at);
+    assert_eq!(waiting(&machine), ["created b"], "what came later was looked into when it came");
 }
 
 #[test]
@@ -133,7 +172,9 @@ fn what_waits_for_an_endpoint_is_bounded_and_what_may_be_sent_is_left_alone() {
     };
     check("cuuuu", &["created a", "updated a"]);
     check("cr", &["created a"]);
-    check("cucd", &["deleted a"]);
+    check("cucd", &[]);
+    check("cucdc", &["created a"]);
+    check("c!dcd", &["created a", "deleted a"]);
     check("c!uuuu", &["created a", "updated a"]);
     check("c!u!u!u", &["created a", "updated a", "updated a", "updated a"]);
     check("c!d!c", &["created a", "deleted a", "created a"]);
@@ -251,6 +292,7 @@ fn a_kill_at_any_moment_loses_nothing_and_reuses_no_number() {
         for _ in 0..20 {
             store(&mut machine, &mut stored);
             for kept in machine.events_after(through, 10) {
+                by_number.insert(kept.n, format!("{} {} {}", kept.event_type, kept.key, kept.at));
                 match kept.event_type.as_str() {
                     DELETED => drop(told.remove(&kept.key)),
                     _ => drop(truth.get(&kept.key).map(|now| told.insert(kept.key.clone(), *now))),
@@ -260,5 +302,11 @@ fn a_kill_at_any_moment_loses_nothing_and_reuses_no_number() {
         }
         // Whoever hears of a database reads it then: what was told is what there was.
         assert_eq!(told, truth, "seed {seed}");
+        let mut there = BTreeMap::new();
+        for what in by_number.values() {
+            let [event_type, db, ..] = what.split(' ').collect::<Vec<_>>()[..] else { unreachable!() };
+            let was_there = there.insert(db, event_type != DELETED).unwrap_or(false);
+            assert_eq!(was_there, event_type != CREATED, "seed {seed}: {by_number:?}");
+        }
     }
 }

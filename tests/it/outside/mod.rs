@@ -6,6 +6,7 @@ pub(crate) mod beam_kills;
 pub(crate) mod beam_notified;
 pub(crate) mod cloudevents;
 pub(crate) mod couchdb;
+pub(crate) mod couchdb_databases;
 pub(crate) mod couchdb_kills;
 pub(crate) mod couchdb_patterns;
 pub(crate) mod couchdb_replications;
