@@ -36,7 +36,7 @@ use crate::pipeline::webhook::{Answer, Endpoint, Job};
 use crate::pipeline::workers::Workers;
 use crate::pure::about::{self, Tell};
 use crate::pure::conflict::{self, Owed};
-use crate::pure::dispatch::{Action, Attempt, Dispatch, FlowIndex, Notice, SuspectLetter};
+use crate::pure::dispatch::{Action, Attempt, Dispatch, Fetched, FlowIndex, Notice, SuspectLetter};
 use crate::pure::endpoint::{self, DownReason, LetterClass, Moment, Outcome, Settings};
 use crate::pure::flow;
 use crate::pure::message::{Arrived, Telling, Watch, WebhookId};
@@ -829,9 +829,7 @@ impl<'a> Dispatcher<'a> {
                         self.store.order(Errand::FetchLetter(telling, stored, mark, asked));
                     }
                     (Some(mark), None) => self.store.order(Errand::Fetch(telling, letter, mark)),
-                    (None, _) => {
-                        self.dispatch.on_fetched(&letter, crate::pure::dispatch::Fetched::Failed, now)
-                    }
+                    (None, _) => self.dispatch.on_fetched(&letter, Fetched::NotYet, now),
                 }
             }
             Action::StoreCheckpoint(flow, position) => {

@@ -33,7 +33,7 @@ pub const ASKED_MAX: usize = 32;
 /// ... and of them with their document in memory, waiting for their turn.
 const ASKED_READY_MAX: usize = 8;
 /// When the document of one could not be read, it is read again after this.
-const ASKED_FETCH_AGAIN: Duration = Duration::from_secs(5);
+const FETCH_AGAIN: Duration = Duration::from_secs(5);
 
 /// A subscription, by its place in the list given at the start.
 pub type FlowIndex = usize;
@@ -881,12 +881,16 @@ impl Dispatch {
             Fetched::Gone if asked => self.end_asked(at, Replayed::Gone),
             Fetched::Unreadable(why) if asked => self.end_asked(at, Replayed::Unreadable(why)),
             Fetched::Event(_) | Fetched::Superseded(_) | Fetched::Gone => self.drop_suspect(at),
-            Fetched::Failed if asked => {
-                self.suspects[at].state = Replay::Resting;
-                self.suspects[at].replay_at = now + ASKED_FETCH_AGAIN;
-            }
+            Fetched::Failed if asked => self.fetch_again(at, now),
+            // Nothing was tried: it does not count as a try.
+            Fetched::NotYet => self.fetch_again(at, now),
             Fetched::Failed | Fetched::Unreadable(_) => self.rest(at, now),
         }
+    }
+
+    fn fetch_again(&mut self, at: usize, now: Instant) {
+        let suspect = &mut self.suspects[at];
+        (suspect.state, suspect.replay_at) = (Replay::Resting, now + FETCH_AGAIN);
     }
 
     fn drop_suspect(&mut self, at: usize) {
@@ -1087,6 +1091,8 @@ pub enum Fetched {
     Gone,
     /// CouchDB did not answer.
     Failed,
+    /// Its database was not opened yet.
+    NotYet,
     /// It does not give the document, and will not the next time: too large, no rights, no revision; why.
     Unreadable(String),
 }

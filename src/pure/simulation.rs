@@ -1089,7 +1089,7 @@ impl World {
                     Some(update) => {
                         let vector = vec![0; self.dbs[flow].shards.len()];
                         match (self.dispatch.flow(flow).mark(), self.asked.get(&letter.id).copied()) {
-                            (None, _) => Fetched::Failed,
+                            (None, _) => Fetched::NotYet,
                             (Some(_), asked) => {
                                 let mut event = self.fetched(flow, &update, &vector);
                                 if letter.resolved.as_ref() == Some(&event.rev) && !event.is_conflicted() {
