@@ -617,6 +617,11 @@ impl<'a> Dispatcher<'a> {
         let now = sys::now();
         match result {
             Ok(rev) => self.dispatch.on_checkpoint(flow, Some(rev), now),
+            // Of one of thousands this is no news: it is opened anew.
+            Err(error) if error.kind() == Kind::Conflict && self.subscriptions[flow].is_pooled() => {
+                log::debug!("{}: the checkpoint is not stored: {error}", self.place(flow));
+                self.dispatch.on_position_lost(flow, now);
+            }
             Err(error) => {
                 self.complain(flow, &error, "failed to store the checkpoint: ");
                 self.dispatch.on_checkpoint(flow, None, now);

@@ -400,6 +400,11 @@ impl Dispatch {
         }
     }
 
+    /// The same: it is not stored, and never will be, for the server is not the one that the position was read from.
+    pub fn on_position_lost(&mut self, flow: FlowIndex, now: Instant) {
+        self.flows[flow].on_position_lost(now);
+    }
+
     /// What came of an attempt.
     pub fn on_outcome(&mut self, token: u64, outcome: Outcome, at: Moment) {
         let now = at.now;

@@ -758,6 +758,15 @@ impl Flow {
         self.clock.failed(now);
     }
 
+    /// Not stored, and not to be: on 1.x the server was started again since the feed was opened. A feed that is read finds
+    /// that out by itself; what rests is opened anew, from the stored checkpoint, and what was told is recognised.
+    pub fn on_position_lost(&mut self, now: Instant) {
+        self.on_checkpoint_failed(now);
+        if self.next == Next::Rest && self.reading == Reading::Idle && !self.leaving {
+            self.next = Next::Open;
+        }
+    }
+
     /// Whether the stored checkpoint says all that it could.
     pub fn is_stored(&self) -> bool {
         self.vacant
