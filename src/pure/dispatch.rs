@@ -300,6 +300,21 @@ impl Dispatch {
         }
     }
 
+    /// A database is gone, and with it what its letters are about: they stay as they are.
+    pub fn on_database_gone(&mut self, flow: FlowIndex) {
+        let mut at = 0;
+        while at < self.suspects.len() {
+            let suspect = &self.suspects[at];
+            if suspect.flow != flow || matches!(suspect.state, Replay::Sent(_) | Replay::Ready(_)) {
+                at += 1;
+            } else if suspect.asked.is_some() {
+                self.end_asked(at, Replayed::Gone);
+            } else {
+                self.drop_suspect(at);
+            }
+        }
+    }
+
     /// There may be something new in a database.
     pub fn stir(&mut self, flow: FlowIndex) {
         self.flows[flow].stir();

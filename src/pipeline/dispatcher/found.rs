@@ -245,11 +245,16 @@ impl Dispatcher<'_> {
                 );
             }
         }
-        // One that is left to somebody else rests, fault or not.
-        if self.dispatch.is_pinned(flow) || found.roster.is_leaving(db) {
+        let is_gone = kind == Some(Kind::NotFound);
+        if is_gone {
+            self.dispatch.on_database_gone(flow);
+        }
+        // One that is left to somebody else rests, fault or not; and who has heard that its position is not known has to
+        // read on, from the beginning: another flow would begin at that position again.
+        let has_to_stay = self.dispatch.is_pinned(flow) || kind == Some(Kind::BadSince);
+        if has_to_stay || found.roster.is_leaving(db) {
             return;
         }
-        let is_gone = kind == Some(Kind::NotFound);
         if is_gone && self.dispatch.flow(flow).is_told() {
             found.roster.on_gone(db);
         } else if kind.is_some() && self.dispatch.flow(flow).is_done() {
