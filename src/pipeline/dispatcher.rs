@@ -40,7 +40,6 @@ use crate::pure::dispatch::{Action, Attempt, Dispatch, FlowIndex, Notice};
 use crate::pure::endpoint::{self, DownReason, LetterClass, Moment, Outcome, Settings};
 use crate::pure::flow;
 use crate::pure::message::{Arrived, Telling, Watch, WebhookId};
-use crate::pure::roster::Roster;
 use crate::pure::snapshot::State;
 use crate::pure::table::Table;
 use crate::pure::url;
@@ -416,11 +415,12 @@ impl<'a> Dispatcher<'a> {
         let mut replays = Replays::default();
         active.replays.into_iter().for_each(|request| replays.ask(request));
         let found = webhook.patterns.clone().map(|pattern| {
-            let (roster, seeks) = (Roster::restored(active.databases), active.record.seeks.clone());
+            let (databases, seeks) = (active.databases, active.record.seeks.clone());
             let (to, sightings) = bounded(SIGHTINGS_MAX);
             let (wanted, state_db) = (pattern.clone(), shared.state_db.clone());
-            shared.lookout.subscribe(Box::new(move |db| wanted.matches(db, &state_db)), to)?;
-            Ok(Found::new(pattern, roster, seeks, sightings, sys::now()))
+            let wanted = move |db: &str| wanted.matches(db, &state_db);
+            shared.lookout.subscribe(Box::new(wanted.clone()), to)?;
+            Ok(Found::new(pattern, &wanted, databases, seeks, sightings, sys::now()))
         });
         let found = found.transpose()?;
         let mut dispatcher = Dispatcher {
@@ -657,7 +657,7 @@ impl<'a> Dispatcher<'a> {
             Errant::Fetched(letter, fetched) => self.dispatch.on_fetched(&letter, *fetched, now),
             Errant::Listed(listed) => self.replays.on_listed(listed, now),
             Errant::Answered(stored) => self.replays.on_answered(stored, now),
-            Errant::DatabasesNotStored(bucket) => self.on_databases_not_stored(bucket),
+            Errant::Databases(bucket, stored) => self.on_databases_stored(bucket, stored),
         }
     }
 
