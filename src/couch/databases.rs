@@ -114,7 +114,8 @@ impl Looker {
         self.at_once.is_none()
     }
 
-    /// How they are, in their order. One that we may not read is left out.
+    /// How they are, in their order. One that we may not read, or that CouchDB itself cannot, is left out: whoever reads
+    /// it hears why, and the others are looked at.
     ///
     /// # Errors
     /// As [`Server::request`].
@@ -172,13 +173,18 @@ impl Looker {
         match self.server.get_json::<Described>(&db_path(name, &[])) {
             Ok(described) => Ok(Some(described.fingerprint())),
             Err(error) if error.kind() == Kind::NotFound => Ok(Some(Info::Gone)),
-            Err(error) if error.kind() == Kind::Forbidden => {
-                log::debug!("database `{name}` may not be read: {error}");
+            Err(error) if is_its_own(error.kind()) => {
+                log::debug!("database `{name}` cannot be looked at: {error}");
                 Ok(None)
             }
             Err(error) => Err(error),
         }
     }
+}
+
+/// Whether a fault is of one database: no rights, a file or a shard that cannot be opened, a name of before 2.0.
+fn is_its_own(kind: Kind) -> bool {
+    matches!(kind, Kind::Forbidden | Kind::Server | Kind::BadRequest | Kind::Malformed | Kind::TooLong)
 }
 
 /// `{"key":"orders","info":{…}}` or `{"key":"orders","error":"not_found"}`

@@ -25,6 +25,16 @@ const N_MARK_READS: u32 = 3;
 /// Time between those reads.
 const MARK_READ_PAUSE: Duration = Duration::from_secs(1);
 
+/// 1.x: `instance_start_time` of a database, another one after every start of the server, and after every opening of the
+/// file: a server keeps 100 open (`max_dbs_open`), and closes those that nobody follows.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Life {
+    /// Which.
+    pub db: String,
+    /// Microseconds.
+    pub since: String,
+}
+
 /// What was found before a feed is opened.
 #[derive(Debug, Clone)]
 pub struct Opened {
@@ -39,8 +49,8 @@ pub struct Opened {
     pub recreated: bool,
     /// Why a stored checkpoint was dropped that should have counted; to be said at error level.
     pub not_believed: Option<String>,
-    /// 1.x: `instance_start_time`, another one after every start of the server (and every opening of the file).
-    pub life: Option<String>,
+    /// 1.x: that of the database.
+    pub life: Option<Life>,
     /// 1.x: the server lost its last changes, or was restored; the position was dropped.
     pub rolled_back: bool,
     /// Documents in the database, deletions not counted.
@@ -102,7 +112,7 @@ pub fn open(
         checkpoint_rev: read.rev,
         recreated,
         not_believed: read.not_believed,
-        life: life(generation, &info),
+        life: life(generation, db, &info),
         rolled_back: false,
         doc_count: info.doc_count,
     };
@@ -153,15 +163,36 @@ pub fn position(
 ///
 /// # Errors
 /// As [`open`].
-pub fn is_same(server: &Server, db: &str, mark: &Mark, life_then: Option<&str>) -> Result<bool> {
+pub fn is_same(server: &Server, db: &str, mark: &Mark, life_then: Option<&Life>) -> Result<bool> {
     if let Some(life_then) = life_then {
-        let info: Info = server.get_json(&db_path(db, &[]))?;
-        if life(Generation::One, &info).as_deref() != Some(life_then) {
+        let now = match life_then.db == db {
+            true => life(Generation::One, db, &server.get_json(&db_path(db, &[]))?),
+            false => life_of_server(server, Generation::One, &life_then.db)?,
+        };
+        if now.as_ref() != Some(life_then) {
             return Ok(false);
         }
     }
     let stored = read_mark(server, db)?;
     Ok(stored.and_then(|stored| stored.mark).as_ref() == Some(mark))
+}
+
+/// On 1.x the life of the server: that of a database that somebody follows all the time, which is not the one that is asked
+/// about otherwise.
+///
+/// # Errors
+/// As [`Server::request`]; never `NotFound`, which would be said of the other.
+pub fn life_of_server(server: &Server, generation: Generation, followed_db: &str) -> Result<Option<Life>> {
+    if generation != Generation::One {
+        return Ok(None);
+    }
+    match server.get_json::<Info>(&db_path(followed_db, &[])) {
+        Ok(info) => Ok(life(generation, followed_db, &info)),
+        Err(error) if error.kind() == Kind::NotFound => {
+            Err(Error::new(Kind::Server, format!("`{followed_db}` is not there ({})", error.cause())))
+        }
+        Err(error) => Err(error),
+    }
 }
 
 /// `_rev` of the stored checkpoint.
@@ -374,9 +405,9 @@ pub(crate) fn is_creation_time(time: &str) -> bool {
 }
 
 /// On 1.x `instance_start_time` is the time of opening.
-fn life(generation: Generation, info: &Info) -> Option<String> {
+fn life(generation: Generation, db: &str, info: &Info) -> Option<Life> {
     let time = info.instance_start_time.as_ref()?.as_str()?;
-    (generation == Generation::One).then(|| time.to_owned())
+    (generation == Generation::One).then(|| Life { db: db.to_owned(), since: time.to_owned() })
 }
 
 /// Whether a 1.x server counts less changes than the position says.

@@ -21,6 +21,7 @@ use crate::pipeline::{Shared, watcher};
 use crate::pure::checkpoint::{Checkpoint, Mark};
 use crate::pure::dispatch::SuspectLetter;
 use crate::pure::message::Watch;
+use crate::pure::pattern::Pattern;
 use crate::pure::roster::Entry;
 use crate::replication;
 use crate::sys;
@@ -82,7 +83,13 @@ pub fn activate(shared: &Shared, webhook: &config::Webhook, is_wanted: &dyn Fn()
         (found, bucket_revs) = roster_docs::read_all(server, state_db, &webhook.name)
             .context(|| "failed to read what is known of databases".to_owned())?;
         if !is_taken && webhook.since == Since::Now {
-            starting_points::take(shared, webhook, pattern, &mut found, is_wanted)?;
+            let record = stored.as_ref();
+            let before = record.and_then(|record| Pattern::parse(record.patterns.as_deref()?));
+            let was_watched = |db: &str| {
+                before.as_ref().is_some_and(|before| before.matches(db, state_db))
+                    || record.is_some_and(|record| record.databases.contains_key(db))
+            };
+            starting_points::take(shared, webhook, pattern, &was_watched, &mut found, is_wanted)?;
             starting_points::store(shared, webhook, &found, &mut bucket_revs)?;
         }
     }
@@ -136,10 +143,18 @@ fn first_start(shared: &Shared, webhook: &config::Webhook) -> Result<BTreeMap<St
     let generation = shared.server.welcome()?.generation;
     let mut databases = BTreeMap::new();
     for db in &webhook.db {
-        let Some(mark) = start_database(shared, webhook, db, generation)? else { continue };
-        databases.insert(db.clone(), mark);
+        let Some(started) = start_database(shared, webhook, db, generation)? else { continue };
+        databases.insert(db.clone(), started.mark);
     }
     Ok(databases)
+}
+
+/// A database that is ready to be told.
+pub(crate) struct Started {
+    /// The mark that it bears.
+    pub(crate) mark: Mark,
+    /// Its checkpoint was written just now, at its end: there is nothing to tell yet.
+    pub(crate) is_at_end: bool,
 }
 
 /// Gives a database its mark and, for `now`, its first checkpoint; `None` when it does not exist.
@@ -148,7 +163,7 @@ pub(crate) fn start_database(
     webhook: &config::Webhook,
     db: &str,
     generation: Generation,
-) -> Result<Option<Mark>> {
+) -> Result<Option<Started>> {
     let Shared { server, key, .. } = shared;
     let no_pause = |_: Duration| {};
     let opened = local_docs::open(server, generation, db, &webhook.name, key, None, None, &no_pause);
@@ -159,7 +174,8 @@ pub(crate) fn start_database(
     };
     // One that is there is of an attempt that was killed before the record was written, or the record was lost: then
     // it is what knows best, and where it is not believed, the beginning loses nothing.
-    if webhook.since == Since::Now && opened.checkpoint_rev.is_none() {
+    let is_at_end = webhook.since == Since::Now && opened.checkpoint_rev.is_none();
+    if is_at_end {
         let through_seq = match webhook.watch {
             Watch::Replications => replication::position_now(),
             Watch::Databases => watcher::position_now(),
@@ -180,7 +196,7 @@ pub(crate) fn start_database(
         local_docs::write_checkpoint(server, db, &webhook.name, key, &checkpoint, None)
             .context(|| format!("database `{db}`: failed to write the first checkpoint"))?;
     }
-    Ok(Some(opened.mark))
+    Ok(Some(Started { mark: opened.mark, is_at_end }))
 }
 
 /// `since` as it is written in a configuration.

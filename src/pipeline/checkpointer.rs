@@ -13,7 +13,7 @@ use crossbeam_channel::{Receiver, Sender, bounded};
 
 use crate::couch::client::{Limits, Server};
 use crate::couch::leases::Hold;
-use crate::couch::local_docs;
+use crate::couch::local_docs::{self, Life};
 use crate::error::{Error, Kind, Result};
 use crate::pure::checkpoint::{Checkpoint, DeliveredId, Mark, StateKey};
 use crate::pure::dispatch::FlowIndex;
@@ -46,8 +46,8 @@ pub struct Job {
     pub position: Position,
     /// The last seek that the position is behind.
     pub seek: Option<String>,
-    /// 1.x: `instance_start_time` when the feed was opened.
-    pub life: Option<String>,
+    /// 1.x: the server's life when the feed was opened.
+    pub life: Option<Life>,
     /// Not paced, and not waited for longer than this: the process is ending.
     pub hurry: Option<Duration>,
     /// Whether the webhook is still ours: another daemon may have stored a later place.
@@ -132,7 +132,7 @@ fn store(job: &Job) -> Result<String> {
 
 /// On 1.x: whether the server is still the one that the position was read from.
 fn check_life(job: &Job, mark: &Mark) -> Result<()> {
-    if job.life.is_some() && !local_docs::is_same(&job.server, &job.db, mark, job.life.as_deref())? {
+    if job.life.is_some() && !local_docs::is_same(&job.server, &job.db, mark, job.life.as_ref())? {
         let found = "the server was started again, or the database is another one";
         return Err(Error::new(Kind::Conflict, found));
     }

@@ -40,7 +40,6 @@ use crate::pure::dispatch::{Action, Attempt, Dispatch, Fetched, FlowIndex, Notic
 use crate::pure::endpoint::{self, DownReason, LetterClass, Moment, Outcome, Settings};
 use crate::pure::flow;
 use crate::pure::message::{Arrived, Telling, Watch, WebhookId};
-use crate::pure::roster::Roster;
 use crate::pure::share::Division;
 use crate::pure::snapshot::State;
 use crate::pure::table::Table;
@@ -417,11 +416,12 @@ impl<'a> Dispatcher<'a> {
         let mut replays = Replays::default();
         active.replays.into_iter().for_each(|request| replays.ask(request));
         let found = webhook.patterns.clone().map(|pattern| {
-            let (roster, seeks) = (Roster::restored(active.databases), active.record.seeks.clone());
+            let (databases, seeks) = (active.databases, active.record.seeks.clone());
             let (to, sightings) = bounded(SIGHTINGS_MAX);
             let (wanted, state_db) = (pattern.clone(), shared.state_db.clone());
-            shared.lookout.subscribe(Box::new(move |db| wanted.matches(db, &state_db)), to)?;
-            Ok(Found::new(pattern, roster, seeks, sightings, sys::now()))
+            let wanted = move |db: &str| wanted.matches(db, &state_db);
+            shared.lookout.subscribe(Box::new(wanted.clone()), to)?;
+            Ok(Found::new(pattern, &wanted, databases, seeks, sightings, sys::now()))
         });
         let found = found.transpose()?;
         let mut dispatcher = Dispatcher {
@@ -625,6 +625,11 @@ impl<'a> Dispatcher<'a> {
         let now = sys::now();
         match result {
             Ok(rev) => self.dispatch.on_checkpoint(flow, Some(rev), now),
+            // Of one of thousands this is no news: it is opened anew.
+            Err(error) if error.kind() == Kind::Conflict && self.subscriptions[flow].is_pooled() => {
+                log::debug!("{}: the checkpoint is not stored: {error}", self.place(flow));
+                self.dispatch.on_position_lost(flow, now);
+            }
             Err(error) => {
                 self.complain(flow, &error, "failed to store the checkpoint: ");
                 self.dispatch.on_checkpoint(flow, None, now);
@@ -662,7 +667,7 @@ impl<'a> Dispatcher<'a> {
             Errant::Answered { id, over, state } => self.replays.on_answered(&id, over, state, now),
             Errant::Suspects(Ok(letters)) => self.restore_suspects(letters, now),
             Errant::Suspects(Err(_)) => self.list_suspects_again(now),
-            Errant::DatabasesNotStored(bucket) => self.on_databases_not_stored(bucket),
+            Errant::Databases(bucket, stored) => self.on_databases_stored(bucket, stored),
         }
     }
 

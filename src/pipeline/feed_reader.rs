@@ -20,7 +20,7 @@ use crate::config;
 use crate::couch::client::Generation;
 use crate::couch::conflicts;
 use crate::couch::feed::{Feed, FeedCloser, FeedEnd, FeedKind, FeedRequest};
-use crate::couch::local_docs;
+use crate::couch::local_docs::{self, Life};
 use crate::error::{Error, Kind, Result};
 use crate::pipeline::Shared;
 use crate::pipeline::watcher::{Watched, Watcher, Watching};
@@ -56,7 +56,7 @@ pub enum Fed {
         /// The database's mark, to be remembered.
         mark: Mark,
         /// 1.x: the server's life, to be compared before a checkpoint is stored.
-        life: Option<String>,
+        life: Option<Life>,
     },
     /// Rows of what is being read.
     Rows(FlowIndex, Vec<Arrived>),
@@ -137,7 +137,7 @@ impl Drop for Reader {
 /// What was found when the feed was opened, to be compared before further requests.
 struct Known {
     mark: Mark,
-    life: Option<String>,
+    life: Option<Life>,
 }
 
 /// One database of a webhook, and what was found when it was opened. Whoever has it reads.
@@ -154,6 +154,8 @@ pub struct Reading {
     flow: FlowIndex,
     to: Sender<Fed>,
     opened: Option<Known>,
+    /// One of thousands: 1.x closes its file between two looks.
+    is_of_many: bool,
     generation: Generation,
     misses: u32,
     /// The position that CouchDB last said not to know.
@@ -215,12 +217,19 @@ impl Reading {
             flow,
             to: to.clone(),
             opened: None,
+            is_of_many: false,
             generation: Generation::Three,
             misses: 0,
             unknown_since: None,
             conflicts_of: None,
             stopping,
         }
+    }
+
+    /// Of a database that nobody follows all the time.
+    #[must_use]
+    pub fn of_many(self) -> Reading {
+        Reading { is_of_many: true, ..self }
     }
 
     /// Ends waits of the reading under way, from another thread, and keeps later ones from beginning.
@@ -285,6 +294,11 @@ impl Reading {
             }
         };
         let seek = self.seek.as_ref();
+        // `state_db` is followed all the time: 1.x does not close it.
+        let server_life = match self.is_of_many {
+            true => local_docs::life_of_server(server, self.generation, &self.shared.state_db)?,
+            false => None,
+        };
         let opened = local_docs::open(server, self.generation, db, webhook, key, known_mark, seek, &pause)?;
         let place = format!("webhook `{webhook}`, database `{db}`");
         if let Some(why) = &opened.not_believed {
@@ -296,7 +310,8 @@ impl Reading {
                  the beginning"
             );
         }
-        self.opened = Some(Known { mark: opened.mark, life: opened.life.clone() });
+        let life = server_life.or(opened.life);
+        self.opened = Some(Known { mark: opened.mark, life: life.clone() });
         let known = |checkpoint: &Checkpoint| self.unknown_since.as_ref() != Some(&checkpoint.through_seq);
         if opened.checkpoint.as_ref().is_some_and(|checkpoint| !known(checkpoint)) {
             log::error!("{place}: CouchDB does not know the stored position; reading from the beginning");
@@ -330,7 +345,7 @@ impl Reading {
             doc_count: opened.doc_count,
             conflicted,
         };
-        Ok(Fed::Opened { flow: self.flow, opened: found, mark: opened.mark, life: opened.life })
+        Ok(Fed::Opened { flow: self.flow, opened: found, mark: opened.mark, life })
     }
 
     /// One request for rows, after a look whether the database is still the one that was opened.
@@ -347,7 +362,7 @@ impl Reading {
             false => None,
         };
         let known = self.opened.as_ref().expect("a feed is opened before it is read");
-        let (db, life) = (&self.telling.db, known.life.as_deref());
+        let (db, life) = (&self.telling.db, known.life.as_ref());
         if !local_docs::is_same(&self.shared.server, db, &known.mark, life)? {
             return Ok(Fed::Failed(self.flow, ReadFault::Changed, None));
         }
@@ -377,8 +392,8 @@ impl Reading {
         let result = feed.read(&request, &mut |items: &mut Vec<Item>| {
             // The database may have been made again between the look and the request, which then gives rows of another
             // one, from its beginning. By now the request is bound to what it found.
-            let is_ours = is_same
-                .get_or_insert_with(|| local_docs::is_same(server, db, &mark_now, life_now.as_deref()));
+            let is_ours =
+                is_same.get_or_insert_with(|| local_docs::is_same(server, db, &mark_now, life_now.as_ref()));
             if !matches!(is_ours, Ok(true)) {
                 return ControlFlow::Break(());
             }

@@ -101,7 +101,7 @@ struct Subscriber {
     id: u64,
     wanted: Wanted,
     to: Sender<Sighting>,
-    /// Since the present walk began.
+    /// Since the present walk began, which it may have joined late.
     has_missed: bool,
 }
 
@@ -127,7 +127,8 @@ impl Lookout {
         Lookout { inner: Arc::new(inner), threads: Mutex::default() }
     }
 
-    /// Tells `to` of all databases that are `wanted`, beginning with a walk over all of them. The subscription ends when
+    /// Tells `to` of all databases that are `wanted`, beginning with what is left of a walk that is under way, then all of
+    /// them. The subscription ends when
     /// the receiver is dropped. `to` should hold some tens of sightings.
     ///
     /// # Errors
@@ -147,7 +148,7 @@ impl Lookout {
             threads.closer = Some(closer);
         }
         let id = self.inner.n_subscriptions.fetch_add(1, Ordering::Relaxed);
-        lock(&self.inner.subscribers).push(Subscriber { id, wanted, to, has_missed: false });
+        lock(&self.inner.subscribers).push(Subscriber { id, wanted, to, has_missed: true });
         self.inner.tell(|news| news.joined = true);
         Ok(())
     }
@@ -306,16 +307,15 @@ impl State {
     fn hear(&mut self) {
         let News { joined, hinted, hints_gone, hints_lost, missed } =
             std::mem::take(&mut *lock(&self.inner.news));
-        if joined {
-            self.sweep.restart();
-        }
         if hinted {
             self.sweep.on_hint(sys::now());
         }
         if hints_gone {
             self.sweep.on_hints_gone(sys::now());
         }
-        if hints_lost {
+        // Who joined before the walk under way began misses nothing.
+        let missed_some = joined && lock(&self.inner.subscribers).iter().any(|one| one.has_missed);
+        if missed_some || hints_lost {
             self.sweep.on_hints_lost();
         }
         if missed {

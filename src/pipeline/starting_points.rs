@@ -1,8 +1,9 @@
 //! What `since = now` means for thousands of databases: each gets its mark and a checkpoint, at a pace.
 //!
 //! Guarantees that a database that exists when the walk comes by is told from that moment on, and one that appears
-//! later from its beginning; that a walk that is broken off, or killed, begins anew and finds done what was done; and
-//! that CouchDB opens no more than `sweep_rate` databases a second for it.
+//! later from its beginning, also when the pattern is changed before it could be read; that a walk that is broken off, or
+//! killed, begins anew and finds done what was done; that a database that has a place already keeps it, and is looked at;
+//! and that CouchDB opens no more than `sweep_rate` databases a second for it.
 
 use std::collections::{BTreeMap, HashSet};
 use std::time::{Duration, Instant};
@@ -12,7 +13,7 @@ use crate::couch::databases::{Info, Looker, Walk};
 use crate::couch::roster_docs;
 use crate::error::{Context, Error, Kind, Result};
 use crate::pipeline::Shared;
-use crate::pipeline::activation::start_database;
+use crate::pipeline::activation::{Started, start_database};
 use crate::pipeline::complaints::Complaint;
 use crate::pure::pattern::Pattern;
 use crate::pure::roster::{self, Entry};
@@ -25,7 +26,9 @@ const DRAW_EVERY: Duration = Duration::from_millis(200);
 /// A pause is cut into pieces of this, to see whether we are wanted elsewhere.
 const PIECE: Duration = Duration::from_millis(50);
 
-/// Gives their starting points to all databases of the pattern that are not known yet.
+/// Gives their starting points to all databases of the pattern that are not known yet, nor were the webhook's
+/// (`was_watched`) before its pattern was changed: one of those that is not known has come since, and is read from its
+/// beginning.
 ///
 /// # Errors
 /// As asking CouchDB; `Stopped` when wanted elsewhere.
@@ -33,6 +36,7 @@ pub(crate) fn take(
     shared: &Shared,
     webhook: &config::Webhook,
     pattern: &Pattern,
+    was_watched: &dyn Fn(&str) -> bool,
     known: &mut Vec<(String, Entry)>,
     is_wanted: &dyn Fn() -> bool,
 ) -> Result<()> {
@@ -45,7 +49,8 @@ pub(crate) fn take(
         if page.is_empty() {
             break;
         }
-        let ours = |db: &String| pattern.matches(db, &shared.state_db) && !before.contains(db);
+        let ours =
+            |db: &String| pattern.matches(db, &shared.state_db) && !before.contains(db) && !was_watched(db);
         names.extend(page.into_iter().filter(ours));
     }
     let mut looker = Looker::new(server);
@@ -60,7 +65,11 @@ pub(crate) fn take(
             n_done += 1;
             let Info::Seen(fingerprint) = info else { continue };
             match start_database(shared, webhook, &db, generation) {
-                Ok(Some(mark)) => known.push((db, Entry { mark: Some(mark), clean: vec![fingerprint] })),
+                Ok(Some(Started { mark, is_at_end })) => {
+                    // Behind a place that it had already there may be something that was not told.
+                    let clean = if is_at_end { vec![fingerprint] } else { Vec::new() };
+                    known.push((db, Entry { mark: Some(mark), clean }));
+                }
                 Ok(None) => {}
                 Err(error) if !concerns_one(error.kind()) => return Err(error),
                 Err(error) => {

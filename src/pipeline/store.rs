@@ -126,8 +126,8 @@ pub enum Errant {
     },
     /// Letters that daemons send again by themselves, and of which database.
     Suspects(Result<Vec<(String, SuspectLetter)>>),
-    /// This bucket could not be stored.
-    DatabasesNotStored(u8),
+    /// Whether this bucket is stored.
+    Databases(u8, bool),
 }
 
 /// What is to be kept of a subject, the newest of each.
@@ -271,7 +271,9 @@ impl State {
                     self.keep_tells();
                     None
                 }
-                Errand::Databases(bucket, entries) => self.keep_databases(bucket, &entries),
+                Errand::Databases(bucket, entries) => {
+                    Some(Errant::Databases(bucket, self.keep_databases(bucket, &entries)))
+                }
                 Errand::ForgetConflicts(place) => {
                     if let Err(error) = conflicts::forget_all(server, state_db, &place) {
                         log::warn!("conflicts of a database that was deleted stay in `{state_db}`: {error}");
@@ -307,7 +309,8 @@ impl State {
         }
     }
 
-    fn keep_databases(&mut self, bucket: u8, entries: &[(String, Entry)]) -> Option<Errant> {
+    /// Whether it is stored.
+    fn keep_databases(&mut self, bucket: u8, entries: &[(String, Entry)]) -> bool {
         let Shared { server, state_db, .. } = &self.shared;
         let rev = self.bucket_revs.get(&bucket).map(String::as_str);
         let division = self.shared.hold.share().map(Share::division);
@@ -320,11 +323,11 @@ impl State {
         match written {
             Ok(rev) => {
                 self.bucket_revs.insert(bucket, rev);
-                None
+                true
             }
             Err(error) => {
                 log::debug!("what is known of databases could not be stored yet: {error}");
-                Some(Errant::DatabasesNotStored(bucket))
+                false
             }
         }
     }

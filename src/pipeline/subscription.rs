@@ -3,6 +3,7 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
+use crate::couch::local_docs::Life;
 use crate::error::Result;
 use crate::pipeline::Shared;
 use crate::pipeline::complaints::Complaint;
@@ -19,7 +20,7 @@ pub(crate) struct Subscription {
     /// The mark it bears, as far as is known.
     pub(crate) mark: Option<Mark>,
     /// 1.x: the server's life when it was opened.
-    pub(crate) life: Option<String>,
+    pub(crate) life: Option<Life>,
     /// The last seek, which its checkpoints name.
     pub(crate) seek: Option<String>,
     /// What was said of its feed.
@@ -49,6 +50,7 @@ impl Subscription {
 
     /// Read by the pool, page by page.
     pub(crate) fn pooled(reading: Reading, mark: Option<Mark>) -> Subscription {
+        let reading = reading.of_many();
         let (telling, seek, stopping) = (reading.telling(), reading.seek(), reading.stopping());
         Subscription::new(telling, mark, seek, Hands::Pool { reading: Some(Box::new(reading)), stopping })
     }

@@ -234,7 +234,7 @@ impl Watcher {
                 Ok(Some(found)) => opened.machine.on_found(&db, found, fingerprint, sys::wall()),
                 Ok(None) => opened.machine.on_gone(&db, sys::wall()),
                 // Of one database alone: nothing is known of it until it may be read, and no other waits for it.
-                Err(error) if matches!(error.kind(), Kind::Forbidden | Kind::BadRequest) => {
+                Err(error) if matches!(error.kind(), Kind::Forbidden | Kind::BadRequest | Kind::Server) => {
                     log::debug!("webhook `{}`, database `{db}`: {error}", self.watching.telling.webhook);
                 }
                 Err(error) => return Err(error.context(format!("database `{db}`"))),

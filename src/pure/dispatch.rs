@@ -300,6 +300,21 @@ impl Dispatch {
         }
     }
 
+    /// A database is gone, and with it what its letters are about: they stay as they are.
+    pub fn on_database_gone(&mut self, flow: FlowIndex) {
+        let mut at = 0;
+        while at < self.suspects.len() {
+            let suspect = &self.suspects[at];
+            if suspect.flow != flow || matches!(suspect.state, Replay::Sent(_) | Replay::Ready(_)) {
+                at += 1;
+            } else if suspect.asked.is_some() {
+                self.end_asked(at, Replayed::Gone);
+            } else {
+                self.drop_suspect(at);
+            }
+        }
+    }
+
     /// There may be something new in a database.
     pub fn stir(&mut self, flow: FlowIndex) {
         self.flows[flow].stir();
@@ -403,6 +418,11 @@ impl Dispatch {
             Some(rev) => self.flows[flow].on_checkpoint_stored(rev, now),
             None => self.flows[flow].on_checkpoint_failed(now),
         }
+    }
+
+    /// The same: it is not stored, and never will be, for the server is not the one that the position was read from.
+    pub fn on_position_lost(&mut self, flow: FlowIndex, now: Instant) {
+        self.flows[flow].on_position_lost(now);
     }
 
     /// What came of an attempt.

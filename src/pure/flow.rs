@@ -285,11 +285,10 @@ impl Flow {
         self.leaving
     }
 
-    /// Whether everything that was read is told and stored, so that after a fault it may be let go and opened later.
+    /// Whether everything that was read is told and stored, so that after a fault it may be let go and opened later. So it
+    /// is where nothing was read yet, though nothing is stored either.
     pub fn is_done(&self) -> bool {
-        // Who leaves has nothing to store where nothing was told.
-        let has_nothing = self.leaving && !self.clock.writing && self.clock.deadline().is_none();
-        self.lanes.is_empty() && (self.is_stored() || has_nothing)
+        self.lanes.is_empty() && !self.clock.writing && self.clock.deadline().is_none()
     }
 
     /// Whether nothing that was read waits to be told, and no checkpoint is being stored: for a database that is gone,
@@ -756,6 +755,15 @@ impl Flow {
             return;
         }
         self.clock.failed(now);
+    }
+
+    /// Not stored, and not to be: on 1.x the server was started again since the feed was opened. A feed that is read finds
+    /// that out by itself; what rests is opened anew, from the stored checkpoint, and what was told is recognised.
+    pub fn on_position_lost(&mut self, now: Instant) {
+        self.on_checkpoint_failed(now);
+        if self.next == Next::Rest && self.reading == Reading::Idle && !self.leaving {
+            self.next = Next::Open;
+        }
     }
 
     /// Whether the stored checkpoint says all that it could.

@@ -30,6 +30,15 @@ impl Pattern {
         Pattern { wanted, unwanted, named }
     }
 
+    /// What [`Pattern::to_string`] gave; those that were named singly are not in it. `None` when it is nothing of the kind.
+    pub fn parse(text: &str) -> Option<Pattern> {
+        let parts = text.split(',').map(str::trim).filter(|part| !part.is_empty());
+        let (unwanted, wanted): (Vec<&str>, Vec<&str>) = parts.partition(|part| part.starts_with('!'));
+        let unwanted = unwanted.iter().map(|part| part.trim_start_matches('!').trim().to_owned());
+        let wanted: Vec<String> = wanted.into_iter().map(str::to_owned).collect();
+        (!wanted.is_empty()).then(|| Pattern::new(wanted, unwanted.collect(), Vec::new()))
+    }
+
     /// Whether the database is found by pattern. Never one that is named singly, so that what a webhook finds and
     /// what it names have nothing in common; never `state_db`; never one whose name begins with `_`; never one of
     /// CouchDB's own below a prefix, such as `tenant/_replicator`.

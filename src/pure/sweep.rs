@@ -105,12 +105,6 @@ impl Sweep {
         self.begun = Some(now);
     }
 
-    /// Somebody new looks on, or everything is to be looked at anew: what is under way begins again, at the rate.
-    pub fn restart(&mut self) {
-        self.walk = None;
-        self.again = true;
-    }
-
     /// `n` databases were asked about in one step, which began at `started`.
     pub fn on_asked(&mut self, n: usize, started: Instant, now: Instant) {
         self.n_failed = 0;
@@ -153,7 +147,8 @@ impl Sweep {
         self.heard = self.heard.and_then(|heard| until.map(|until| heard.min(until)));
     }
 
-    /// Hints were lost: anything may have changed.
+    /// Hints were lost, or somebody new looks on: anything may have changed. What is under way goes on, at the rate: were
+    /// it to begin again each time, those at its end would never be looked at.
     pub fn on_hints_lost(&mut self) {
         self.again = true;
         if let Some(walk) = &mut self.walk {

@@ -14,6 +14,7 @@ use crate::standin::couch::{Flavour, State};
 use crate::standin::doc_routes;
 use crate::standin::docs::{Refusal, quoted};
 use crate::standin::http::{Answer, Request};
+use crate::standin::quirks::SPARED;
 use crate::standin::scheduler_routes;
 use crate::standin::seqs;
 use crate::standin::store::Database;
@@ -293,6 +294,9 @@ const SPELLINGS: u32 = 6;
 fn info(state: &mut State, name: &str) -> Option<String> {
     // The node that happens to answer for each shard; alone it is always the same.
     let salt = if state.quirks.n_other_nodes > 0 { state.rng.u32(..SPELLINGS) } else { 0 };
+    if state.quirks.closes_idle && name != SPARED {
+        state.databases.get_mut(name)?.opened_micros += 1_000;
+    }
     let db = state.databases.get(name)?;
     let bytes = 2402 + db.active_bytes();
     let n_live = db.live_docs().count();

@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use couch_hookd::pure::message::WebhookId;
 use couch_hookd::standin::couch::{Flavour, StandIn};
+use couch_hookd::standin::quirks::{Fault, FaultKind};
 use couch_hookd::standin::receiver::Receiver;
 use couch_hookd::standin::record::{Delivery, Record};
 use serde_json::{Value, json};
@@ -227,5 +228,52 @@ fn suspects_of_what_one_leaves_are_sent_again_by_others() {
     divided.daemons.get_mut("b").unwrap().kill();
     let all_sent = |record: &Record| replayed(record).len() == 24;
     assert!(divided.receiver.wait_until(WAIT_MAX * 3, all_sent), "{}", divided.transcript());
+    divided.check_ids();
+}
+
+/// What a command has set is read at every start: not before it is known who else is there.
+#[test]
+fn who_comes_tells_nothing_before_those_that_are_there_know_it_though_a_command_wants_it_read() {
+    let mut divided = Divided::start(6, Duration::from_secs(6));
+    divided.round("first");
+    for db in &divided.dbs {
+        let ini = divided.daemons["a"].files().into_iter().find(|path| path.ends_with("hookd.ini")).unwrap();
+        let output = std::process::Command::new(env!("CARGO_BIN_EXE_couch-hookd"))
+            .args(["seek", "tenants", "--yes", "--db", db, "--to", "now", "--config"])
+            .arg(ini)
+            .output()
+            .unwrap();
+        assert!(output.status.success(), "{output:?}\n{}", divided.transcript());
+    }
+    divided.daemons.get_mut("b").unwrap().kill();
+    divided.round("without-b");
+    // Looking who is there takes its time: a daemon that has its lease does not know the others yet.
+    let late = FaultKind::Late(Duration::from_millis(1_200));
+    let request = "GET /couch_hookd/_all_docs?include_docs=true&startkey=\"lease:".to_owned();
+    divided.couch.quirks(|quirks| quirks.faults.push(Fault { request, times: u32::MAX, kind: late }));
+    divided.daemons.get_mut("b").unwrap().start_again();
+    let pid = divided.daemons["b"].pid();
+    let n_before = divided.receiver.look(|record| record.deliveries().len());
+    let is_bs = |record: &Record| record.deliveries()[n_before..].iter().any(|one| who(one) == "b");
+    for n in 0.. {
+        assert!(n < 300, "b tells nothing\n{}", divided.transcript());
+        for db in &divided.dbs {
+            divided.couch.put(db, &format!("new-{n}"), &json!({})).unwrap();
+        }
+        if divided.receiver.wait_until(Duration::from_millis(100), is_bs) {
+            break;
+        }
+    }
+    let docs = divided.couch.winners(STATE_DB).into_iter();
+    let leases: BTreeMap<String, serde_json::Value> = docs
+        .filter(|(id, doc)| id.starts_with("lease:tenants/") && !doc.deleted)
+        .map(|(id, doc)| (id, serde_json::from_str(&doc.json).unwrap()))
+        .collect();
+    let new = leases.iter().find(|(_, lease)| lease["pid"] == pid).expect("it has a lease").0;
+    let new = new.strip_prefix("lease:tenants/").unwrap();
+    for (id, lease) in leases.iter().filter(|(_, lease)| lease["pid"] != pid) {
+        let knows = lease["knows"].as_array().unwrap().iter().any(|known| known == new);
+        assert!(knows, "`{id}` knows nothing of `{new}`, which tells\n{}", divided.transcript());
+    }
     divided.check_ids();
 }

@@ -137,6 +137,30 @@ fn lost_hints_bring_a_walk_at_once() {
     assert_eq!(walk(&sightings).len(), 1);
 }
 
+/// A webhook that is started again and again must not keep the last databases of others from being looked at.
+#[test]
+fn whoever_joins_does_not_begin_the_walk_of_others_anew() {
+    let world = World::new(Flavour::V3, Duration::from_secs(3600), 1000);
+    (0..180).for_each(|n| world.couch.create_db(&format!("tenant-{n:03}")));
+    let sightings = world.subscribe(100);
+    let mut others = Vec::new();
+    let mut seen = std::collections::BTreeSet::new();
+    loop {
+        match sightings.recv_timeout(WAIT_MAX).expect("a walk ends") {
+            Sighting::Infos(infos) => {
+                seen.extend(infos.iter().map(|(db, _)| db.clone()));
+                others.push(world.subscribe(100));
+            }
+            Sighting::Swept => break,
+            Sighting::Hinted(_) => {}
+        }
+        assert!(others.len() < 40, "{} of 180 seen", seen.len());
+    }
+    assert_eq!(seen.len(), 180);
+    // And whoever joined late hears of all, too, before it is told so.
+    assert_eq!(walk(&others.swap_remove(1)).len(), 180);
+}
+
 #[test]
 fn one_who_does_not_listen_holds_up_others_for_a_moment_and_is_told_all_in_the_end() {
     let world = World::new(Flavour::V3, Duration::from_secs(3600), 1000);

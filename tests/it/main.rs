@@ -30,6 +30,7 @@ mod leases;
 mod lookout;
 mod notified;
 mod patterns;
+mod patterns_changed;
 mod receiver;
 mod recreation;
 mod replications;

@@ -231,6 +231,25 @@ fn one_that_cannot_be_read_holds_up_no_other() {
     world.assert_clean();
 }
 
+/// 1.x keeps 100 databases open, and says of one that it opened again that it began anew.
+#[test]
+fn places_in_databases_that_were_closed_meanwhile_are_stored() {
+    let couch = couch(Flavour::V1, &[]);
+    (0..30).for_each(|n| couch.create_db(&tenant(n)));
+    couch.quirks(|quirks| quirks.closes_idle = true);
+    let world = start(couch, receiver(), QUICK, TENANTS);
+    wait_until_started(&world);
+    (0..30).for_each(|n| drop(world.couch.put(&tenant(n), "doc", &json!({})).unwrap()));
+    world.wait_couch("place behind the document of each", |seen| {
+        (0..30).all(|n| {
+            let stored = seen.local(&tenant(n), "couch-hookd.tenants").unwrap_or_default();
+            serde_json::from_str::<serde_json::Value>(&stored).is_ok_and(|stored| stored["through_seq"] == 1)
+        })
+    });
+    assert_eq!(world.receiver.look(|record| record.n_accepted()), 30);
+    world.assert_clean();
+}
+
 #[test]
 fn a_letter_of_a_database_at_rest_can_be_sent_again() {
     let couch = couch(Flavour::V3, &["tenant-a"]);

@@ -25,7 +25,7 @@ use crate::pure::conflict;
 use crate::pure::dispatch::FlowIndex;
 use crate::pure::flow::Flow;
 use crate::pure::pattern::Pattern;
-use crate::pure::roster::Roster;
+use crate::pure::roster::{Entry, Roster};
 
 /// Databases that have a flow at a time. Each takes a few KiB; most of them only wait for their checkpoint.
 pub(super) const ACTIVE_MAX: usize = 1_024;
@@ -51,17 +51,23 @@ pub(super) struct Found {
     /// Of all of them: thousands may have one fault.
     complaint: Complaint,
     save_at: Instant,
+    /// Buckets on their way.
+    n_saving: usize,
 }
 
 impl Found {
-    /// As they were stored.
+    /// As they were stored; `is_found` says which of them this webhook finds by pattern now. Others may have been found, or set
+    /// to a place, by an earlier configuration, or be named singly.
     pub(super) fn new(
         pattern: Pattern,
-        roster: Roster,
-        seeks: BTreeMap<String, Seek>,
+        is_found: &dyn Fn(&str) -> bool,
+        databases: Vec<(String, Entry)>,
+        mut seeks: BTreeMap<String, Seek>,
         sightings: Receiver<Sighting>,
         now: Instant,
     ) -> Found {
+        let roster = Roster::restored(databases.into_iter().filter(|(db, _)| is_found(db)));
+        seeks.retain(|db, _| is_found(db));
         let mut found = Found {
             generation: 0,
             look_at: None,
@@ -72,6 +78,7 @@ impl Found {
             sightings,
             complaint: Complaint::default(),
             save_at: now + SAVE_EVERY,
+            n_saving: 0,
         };
         // Where a command has set it, a database is read whatever it is known to hold.
         for db in found.seeks.keys() {
@@ -137,7 +144,12 @@ impl Dispatcher<'_> {
         }
         let Some(found) = self.found.as_mut().filter(|found| now >= found.save_at) else { return };
         found.save_at = now + SAVE_EVERY;
+        // A `state_db` that takes nothing, or a lease that is not renewed, must not heap them up.
+        if found.n_saving > 0 {
+            return;
+        }
         while let Some((bucket, entries)) = found.roster.take_changed() {
+            found.n_saving += 1;
             self.store.order(Errand::Databases(bucket, entries));
         }
     }
@@ -173,7 +185,9 @@ impl Dispatcher<'_> {
 
     fn next_found(&mut self, now: Instant) -> Option<(Arc<str>, Option<Mark>)> {
         let found = self.found.as_mut()?;
-        if found.roster.n_active() < ACTIVE_MAX { found.roster.next(now) } else { None }
+        // Before it is known who else is there nothing is ours, whatever is wanted.
+        let is_divided = self.shared.hold.share().is_none_or(|_| found.generation > 0);
+        if is_divided && found.roster.n_active() < ACTIVE_MAX { found.roster.next(now) } else { None }
     }
 
     /// The flow of a database that somebody wants to read, or to send letters of; `None` for one that is not ours.
@@ -262,11 +276,16 @@ impl Dispatcher<'_> {
                 );
             }
         }
-        // One that is left to somebody else rests, fault or not.
-        if self.dispatch.is_pinned(flow) || found.roster.is_leaving(db) {
+        let is_gone = kind == Some(Kind::NotFound);
+        if is_gone {
+            self.dispatch.on_database_gone(flow);
+        }
+        // One that is left to somebody else rests, fault or not; and who has heard that its position is not known has to
+        // read on, from the beginning: another flow would begin at that position again.
+        let has_to_stay = self.dispatch.is_pinned(flow) || kind == Some(Kind::BadSince);
+        if has_to_stay || found.roster.is_leaving(db) {
             return;
         }
-        let is_gone = kind == Some(Kind::NotFound);
         if is_gone && self.dispatch.flow(flow).is_told() {
             found.roster.on_gone(db);
         } else if kind.is_some() && self.dispatch.flow(flow).is_done() {
@@ -289,9 +308,11 @@ impl Dispatcher<'_> {
         self.dispatch.release(flow);
     }
 
-    /// A bucket could not be stored.
-    pub(super) fn on_databases_not_stored(&mut self, bucket: u8) {
-        if let Some(found) = &mut self.found {
+    /// A bucket is stored, or could not be.
+    pub(super) fn on_databases_stored(&mut self, bucket: u8, stored: bool) {
+        let Some(found) = &mut self.found else { return };
+        found.n_saving -= 1;
+        if !stored {
             found.roster.on_not_stored(bucket);
         }
     }

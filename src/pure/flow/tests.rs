@@ -100,3 +100,34 @@ fn one_that_rests_reads_again_what_may_have_come_since_its_page_was_asked_for() 
     assert!(!flow.is_at_rest());
     assert_eq!(flow.next_read(9, now), Some(Read::Page { since: seq("6"), limit: 9 }));
 }
+
+#[test]
+fn one_that_could_not_be_read_at_all_makes_room_though_nothing_is_stored() {
+    let now = crate::sys::now();
+    let mut flow = Flow::new(false, ROTATE, Duration::from_secs(5)).resting();
+    assert_eq!(flow.next_read(9, now), Some(Read::Open));
+    flow.on_opened(opened(None));
+    assert!(matches!(flow.next_read(9, now), Some(Read::Page { .. })));
+    flow.on_read_failed(ReadFault::Refused, now);
+    assert!(flow.is_done());
+    // What was read has to be stored first.
+    open(&mut flow, now + Duration::from_secs(5));
+    flow.on_end(Some(seq("6")), None, false, now);
+    assert!(!flow.is_done());
+}
+
+#[test]
+fn one_that_rests_and_whose_position_cannot_be_stored_is_opened_anew() {
+    let now = crate::sys::now();
+    let mut flow = Flow::new(false, ROTATE, Duration::from_secs(5)).resting();
+    open(&mut flow, now);
+    flow.on_end(Some(seq("6")), None, false, now);
+    flow.next_checkpoint(now + Duration::from_secs(5)).unwrap();
+    flow.on_position_lost(now);
+    assert!(!flow.is_at_rest());
+    assert_eq!(open(&mut flow, now), Some(Read::Page { since: seq("5"), limit: 9 }));
+    flow.on_end(Some(seq("6")), None, false, now);
+    flow.next_checkpoint(now + Duration::from_secs(5)).unwrap();
+    flow.on_checkpoint_stored("0-2".to_owned(), now);
+    assert!(flow.is_at_rest());
+}
