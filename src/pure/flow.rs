@@ -766,10 +766,9 @@ impl Flow {
         }
     }
 
-    /// Whether the stored checkpoint says all that it could.
+    /// Whether nothing is to be stored: the checkpoint says all that it could, or there is nothing to say.
     pub fn is_stored(&self) -> bool {
-        self.vacant
-            || !self.clock.writing && !self.clock.moved(self.watermark.through_seq(), self.beyond.version)
+        self.vacant || !self.clock.writing && self.clock.deadline().is_none()
     }
 
     /// Makes the next checkpoint due now, if anything moved: before a clean end.

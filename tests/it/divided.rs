@@ -245,7 +245,7 @@ fn who_comes_tells_nothing_before_those_that_are_there_know_it_though_a_command_
     // So many that hardly ever none of them is the newcomer's: with 6 that was so in one of eleven runs.
     let mut divided = Divided::start(24, Duration::from_secs(6));
     divided.round("first");
-    for db in &divided.dbs {
+    for db in &divided.dbs[..12] {
         let ini = divided.daemons["a"].files().into_iter().find(|path| path.ends_with("hookd.ini")).unwrap();
         let output = std::process::Command::new(env!("CARGO_BIN_EXE_couch-hookd"))
             .args(["seek", "tenants", "--yes", "--db", db, "--to", "now", "--config"])

@@ -33,6 +33,19 @@ fn parked_for(flow: &Flow, now: Instant) -> Duration {
 }
 
 #[test]
+fn nothing_is_to_be_stored_of_what_was_never_read() {
+    let now = crate::sys::now();
+    let mut flow = Flow::new(false, ROTATE, Duration::from_secs(5));
+    assert!(flow.is_stored(), "its database may not be there: an end would wait for nothing");
+    assert_eq!(flow.next_read(9, now), Some(Read::Open));
+    flow.on_opened(opened(None));
+    assert!(flow.is_stored());
+    flow.next_read(9, now);
+    flow.on_end(Some(seq("7")), Some(0), false, now);
+    assert!(!flow.is_stored(), "that it was read up to there is to be stored");
+}
+
+#[test]
 fn a_position_that_couchdb_does_not_know_is_dropped() {
     let now = crate::sys::now();
     let mut flow = Flow::new(false, ROTATE, Duration::from_secs(5));
