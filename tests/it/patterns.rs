@@ -250,6 +250,27 @@ fn places_in_databases_that_were_closed_meanwhile_are_stored() {
     world.assert_clean();
 }
 
+/// A 1.x that is killed loses what it has not written to the disk, and gives its numbers to what is written next.
+#[test]
+fn what_is_written_under_the_numbers_of_lost_changes_is_told() {
+    let couch = couch(Flavour::V1, &["tenant-a"]);
+    couch.quirks(|quirks| quirks.drop_updates = true);
+    let world = start(couch, receiver(), QUICK, TENANTS);
+    wait_until_started(&world);
+    for (n, id) in [(1, "kept"), (2, "lost")] {
+        world.couch.put("tenant-a", id, &json!({ "n": 1 })).unwrap();
+        world.wait("document", |record| record.n_accepted() == n);
+        let sweeps = world.couch.n_requests("GET /_all_dbs");
+        world.wait_couch("more walks", |seen| seen.n_requests("GET /_all_dbs") >= sweeps + 3);
+    }
+    assert_eq!(world.couch.crash_losing("tenant-a", 1), 1);
+    world.couch.start_again().unwrap();
+    world.couch.put("tenant-a", "next", &json!({ "n": 2 })).unwrap();
+    assert_eq!(world.couch.update_seq("tenant-a"), 2, "the number of the one that was lost");
+    world.wait("document", |record| record.accepted_rev("tenant-a", "next").is_some());
+    world.assert_clean();
+}
+
 #[test]
 fn a_letter_of_a_database_at_rest_can_be_sent_again() {
     let couch = couch(Flavour::V3, &["tenant-a"]);
