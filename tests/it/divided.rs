@@ -303,7 +303,8 @@ fn who_comes_does_not_tell_beside_what_is_in_flight() {
             divided.couch.put(db, "slow", &json!({ "round": round })).unwrap();
         }
         let n = divided.receiver.look(|record| record.deliveries().len()) + 1;
-        divided.receiver.wait_until(Duration::from_millis(500), |record| record.deliveries().len() > n);
+        let _ =
+            divided.receiver.wait_until(Duration::from_millis(500), |record| record.deliveries().len() > n);
     }
     let is_bs = |record: &Record| record.deliveries()[n_before..].iter().any(|one| who(one) == "b");
     assert!(divided.receiver.wait_until(WAIT_MAX, is_bs), "b tells nothing\n{}", divided.transcript());
