@@ -204,7 +204,7 @@ struct Described {
     sizes: Option<Sizes>,
     /// Before 2.0; from 1.2 on.
     data_size: Option<Box<RawValue>>,
-    /// Before 1.2.
+    /// Of the file; before 1.2 there is nothing else.
     disk_size: Option<Box<RawValue>>,
 }
 
@@ -218,18 +218,22 @@ impl Described {
     /// its time of creation, and `update_seq` itself, which holds ids of the shards' files. Before, one that was deleted
     /// and made again with the same documents has the same `update_seq` and the same counts (seen on 1.7.1 and 2.3.1);
     /// but the old one held our mark, a `_local` document, which the bytes in use tell. (Time of opening will not do:
-    /// 1.x keeps 100 databases open, so that it would change with every walk over more of them.)
+    /// 1.x keeps 100 databases open, so that it would change with every walk over more of them.) A 1.x that was killed gives
+    /// the numbers of the changes that it lost to others: `update_seq` and counts come back, but not the length of its file,
+    /// which only compaction makes shorter (seen).
     fn fingerprint(&self) -> Info {
         let created = self.instance_start_time.as_ref().and_then(serde_json::Value::as_str);
         let created = created.filter(|time| is_creation_time(time));
         let active = self.sizes.as_ref().and_then(|sizes| sizes.active.as_ref());
         let bytes = active.or(self.data_size.as_ref()).or(self.disk_size.as_ref());
+        let file = self.disk_size.as_ref().filter(|_| self.sizes.is_none());
         let of = (
             &self.update_seq,
             &self.doc_count,
             &self.doc_del_count,
             created,
             bytes.filter(|_| created.is_none()),
+            file,
         );
         let json = serde_json::to_vec(&of).expect("JSON is made of JSON");
         let hash = digest::digest(&digest::SHA256, &json);

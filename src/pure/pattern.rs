@@ -149,6 +149,16 @@ mod tests {
     }
 
     #[test]
+    fn what_is_written_of_a_pattern_finds_the_same() {
+        let texts = |texts: &[&str]| texts.iter().map(|text| (*text).to_owned()).collect::<Vec<_>>();
+        for (wanted, unwanted) in [(&["*"][..], &[][..]), (&["a-*", "b?"], &["a-x", "*-y"])] {
+            let pattern = Pattern::new(texts(wanted), texts(unwanted), Vec::new());
+            assert_eq!(Pattern::parse(&pattern.to_string()), Some(pattern));
+        }
+        assert_eq!(Pattern::parse("!a-x"), None);
+    }
+
+    #[test]
     fn every_short_pattern_fits_as_a_naive_reading_of_it() {
         fn naive(pattern: &[u8], name: &[u8]) -> bool {
             match pattern.split_first() {

@@ -304,7 +304,8 @@ fn info(state: &mut State, name: &str) -> Option<String> {
     let (name, seq) = (quoted(name), seqs::spell(state.flavour, db.incarnation, &db.end(), salt, false));
     Some(match state.flavour {
         Flavour::V1 => format!(
-            r#"{{"db_name":{name},"doc_count":{n_live},"doc_del_count":{n_deleted},"update_seq":{seq},"purge_seq":0,"compact_running":false,"disk_size":36968,"data_size":{bytes},"instance_start_time":"{}","disk_format_version":6,"committed_update_seq":{seq}}}"#,
+            r#"{{"db_name":{name},"doc_count":{n_live},"doc_del_count":{n_deleted},"update_seq":{seq},"purge_seq":0,"compact_running":false,"disk_size":{},"data_size":{bytes},"instance_start_time":"{}","disk_format_version":6,"committed_update_seq":{seq}}}"#,
+            db.file_bytes(),
             db.opened_micros
         ),
         Flavour::V2 => format!(

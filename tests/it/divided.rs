@@ -8,8 +8,8 @@ use std::time::Duration;
 use couch_hookd::pure::message::WebhookId;
 use couch_hookd::standin::couch::{Flavour, StandIn};
 use couch_hookd::standin::quirks::{Fault, FaultKind};
-use couch_hookd::standin::receiver::Receiver;
-use couch_hookd::standin::record::{Delivery, Record};
+use couch_hookd::standin::receiver::{Reaction, Receiver};
+use couch_hookd::standin::record::{Delivery, Record, Violation};
 use serde_json::{Value, json};
 
 use crate::host::WAIT_MAX;
@@ -284,5 +284,34 @@ fn who_comes_tells_nothing_before_those_that_are_there_know_it_though_a_command_
         let knows = lease["knows"].as_array().unwrap().iter().any(|known| known == new);
         assert!(knows, "`{id}` knows nothing of `{new}`, which tells\n{}", divided.transcript());
     }
+    divided.check_ids();
+}
+
+/// What is in flight when somebody comes is answered before that one begins.
+#[test]
+fn who_comes_does_not_tell_beside_what_is_in_flight() {
+    let mut divided = Divided::start(24, Duration::from_secs(3));
+    divided.daemons.get_mut("b").unwrap().kill();
+    divided.round("without-b");
+    divided
+        .receiver
+        .answer(|_| Reaction::Delay(Duration::from_millis(2_500), Box::new(Reaction::Status(200))));
+    let n_before = divided.receiver.look(|record| record.deliveries().len());
+    divided.daemons.get_mut("b").unwrap().start_again();
+    for round in 0..12 {
+        for db in &divided.dbs {
+            divided.couch.put(db, "slow", &json!({ "round": round })).unwrap();
+        }
+        let n = divided.receiver.look(|record| record.deliveries().len()) + 1;
+        let _ =
+            divided.receiver.wait_until(Duration::from_millis(500), |record| record.deliveries().len() > n);
+    }
+    let is_bs = |record: &Record| record.deliveries()[n_before..].iter().any(|one| who(one) == "b");
+    assert!(divided.receiver.wait_until(WAIT_MAX, is_bs), "b tells nothing\n{}", divided.transcript());
+    divided.receiver.look(|record| {
+        let two = record.violations().iter().find(|one| matches!(one, Violation::TwoOpen { .. }));
+        assert_eq!(two, None, "{}", divided.transcript());
+    });
+    divided.receiver.answer(|_| Reaction::Status(200));
     divided.check_ids();
 }

@@ -82,6 +82,29 @@ fn databases_made_and_written_at_once_all_arrive_with_hints_and_without() {
     });
 }
 
+/// Between two walks over all databases.
+#[test]
+fn what_a_hint_names_is_told_at_once() {
+    on_each(|flavour| {
+        let couch = couch(flavour, &["_global_changes", "tenant-a"]);
+        let world = start(couch, receiver(), "sweep_interval = 24h\nsweep_rate = 1000", TENANTS);
+        wait_until_started(&world);
+        world.daemon.wait_for_log("databases found by pattern: 1");
+        let n_walks = world.couch.n_requests("GET /_all_dbs");
+        // What is written before it listens is not hinted at.
+        let heard = (0..100).any(|n| {
+            world.couch.put("tenant-a", &format!("d{n}"), &json!({})).unwrap();
+            world.receiver.wait_until(Duration::from_millis(300), |record| record.n_accepted() > 0)
+        });
+        assert!(heard, "{}", world.transcript());
+        world.couch.create_db("tenant-b");
+        world.couch.put("tenant-b", "doc", &json!({})).unwrap();
+        world.wait_for_all("tenant-a");
+        world.wait_for_all("tenant-b");
+        assert_eq!(world.couch.n_requests("GET /_all_dbs"), n_walks, "{}", world.transcript());
+    });
+}
+
 #[test]
 fn what_is_written_later_to_any_of_them_arrives_once() {
     on_each(|flavour| {
@@ -173,6 +196,34 @@ fn a_database_made_again_is_told_from_its_beginning_also_when_it_looks_the_same(
 }
 
 #[test]
+fn a_database_that_is_deleted_unheard_is_let_go() {
+    on_each(|flavour| {
+        let couch = couch(flavour, &["tenant-a", "tenant-b"]);
+        couch.quirks(|quirks| quirks.drop_updates = true);
+        let world = start(couch, receiver(), QUICK, TENANTS);
+        wait_until_started(&world);
+        world.couch.put("tenant-a", "doc", &json!({})).unwrap();
+        world.wait_for_all("tenant-a");
+        let walks = |n: usize| {
+            let before = world.couch.n_requests("GET /_all_dbs");
+            world.wait_couch("walks", |seen| seen.n_requests("GET /_all_dbs") >= before + 2 * n);
+        };
+        walks(2);
+        world.couch.delete_db("tenant-a");
+        // Whether it is gone only it can say; it is asked once, and no more.
+        let n_asked = world.couch.n_requests("GET /tenant-a");
+        world.wait_couch("look", |seen| seen.n_requests("GET /tenant-a") > n_asked);
+        walks(2);
+        let n_asked = world.couch.n_requests("GET /tenant-a");
+        walks(2);
+        assert_eq!(world.couch.n_requests("GET /tenant-a"), n_asked, "{}", world.transcript());
+        world.couch.create_db("tenant-a");
+        world.couch.put("tenant-a", "again", &json!({})).unwrap();
+        world.wait("what it holds", |record| record.accepted_rev("tenant-a", "again").is_some());
+    });
+}
+
+#[test]
 fn nothing_of_couchdbs_own_databases_is_told_whatever_the_pattern() {
     let own = ["_users", "_replicator", "_global_changes", "a/_replicator"];
     let couch = couch(Flavour::V3, &["tenant-a"]);
@@ -247,6 +298,27 @@ fn places_in_databases_that_were_closed_meanwhile_are_stored() {
         })
     });
     assert_eq!(world.receiver.look(|record| record.n_accepted()), 30);
+    world.assert_clean();
+}
+
+/// A 1.x that is killed loses what it has not written to the disk, and gives its numbers to what is written next.
+#[test]
+fn what_is_written_under_the_numbers_of_lost_changes_is_told() {
+    let couch = couch(Flavour::V1, &["tenant-a"]);
+    couch.quirks(|quirks| quirks.drop_updates = true);
+    let world = start(couch, receiver(), QUICK, TENANTS);
+    wait_until_started(&world);
+    for (n, id) in [(1, "kept"), (2, "lost")] {
+        world.couch.put("tenant-a", id, &json!({ "n": 1 })).unwrap();
+        world.wait("document", |record| record.n_accepted() == n);
+        let sweeps = world.couch.n_requests("GET /_all_dbs");
+        world.wait_couch("more walks", |seen| seen.n_requests("GET /_all_dbs") >= sweeps + 3);
+    }
+    assert_eq!(world.couch.crash_losing("tenant-a", 1), 1);
+    world.couch.start_again().unwrap();
+    world.couch.put("tenant-a", "next", &json!({ "n": 2 })).unwrap();
+    assert_eq!(world.couch.update_seq("tenant-a"), 2, "the number of the one that was lost");
+    world.wait("document", |record| record.accepted_rev("tenant-a", "next").is_some());
     world.assert_clean();
 }
 

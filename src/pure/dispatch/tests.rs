@@ -1,4 +1,5 @@
-//! Letters that an operator sends again: their pace, their share, and what comes of each; and conflicts, step by step.
+//! Letters that an operator sends again: their pace, their share, and what comes of each; conflicts, step by step; and what
+//! one of thousands of databases may take.
 
 use super::*;
 use crate::pure::changes::{Row, RowDoc};
@@ -448,4 +449,54 @@ fn leaves_that_were_read_are_in_the_body_and_are_counted() {
     assert!(body.contains(r#""conflicts":["1-a"],"conflict_docs":[{"n":1.0}]"#), "{body}");
     world.tell();
     assert_eq!(world.dispatch.bytes(), 0);
+}
+
+#[test]
+fn one_of_those_that_rest_takes_no_more_than_its_share_of_the_window() {
+    let mut world = World::new(8);
+    world.dispatch.set_readings_max(4);
+    let resting = || Flow::new(false, Duration::from_secs(60), Duration::from_secs(5)).resting();
+    let [big, small] = [(); 2].map(|()| world.dispatch.add(resting()));
+    let pages = |world: &mut World| {
+        let mut actions = Vec::new();
+        world.dispatch.poll(world.now, usize::MAX, 0.5, &mut || false, &mut actions);
+        let pages = actions.into_iter().filter_map(|action| match action {
+            Action::Read(flow, Read::Page { limit, .. }) => Some((flow, limit)),
+            Action::Read(flow, Read::Open) => {
+                let opened = Opened {
+                    mark: "mark".into(),
+                    checkpoint: None,
+                    rev: None,
+                    recreated: false,
+                    doc_count: 0,
+                    conflicted: None,
+                };
+                world.dispatch.on_opened(flow, opened);
+                None
+            }
+            _ => None,
+        });
+        pages.collect::<Vec<_>>()
+    };
+    assert_eq!(pages(&mut world), []);
+    let share = world.dispatch.endpoint().window() / SHARES;
+    let first = pages(&mut world);
+    assert_eq!(first.iter().map(|(flow, _)| *flow).collect::<Vec<_>>(), [big, small]);
+    assert!(first.iter().all(|(_, limit)| (1..=share).contains(limit)), "{first:?}");
+    // All of it waits for the endpoint.
+    let seq = |n: usize| Seq::from_json(&n.to_string());
+    let rows = |n: usize| Arrived { seq: seq(n), event: Some(event(&format!("d{n}"), "1-a")) };
+    world.dispatch.on_rows(big, (1..=first[0].1).map(rows).collect(), world.now);
+    world.dispatch.on_end(big, seq(first[0].1), None, false, world.now);
+    world.dispatch.on_end(small, seq(1), None, false, world.now);
+    while let Some((_, limit)) = pages(&mut world).into_iter().find(|(flow, _)| *flow == big) {
+        let before = world.dispatch.flow(big).n_pending();
+        assert!(before + limit <= share, "{before} wait, and {limit} more are read");
+        world.dispatch.on_rows(big, (before + 1..=before + limit).map(rows).collect(), world.now);
+        world.dispatch.on_end(big, seq(before + limit), None, false, world.now);
+    }
+    // The other has room for its own.
+    world.dispatch.stir(small);
+    let more = pages(&mut world);
+    assert!(more.iter().any(|(flow, limit)| *flow == small && *limit > 0), "{more:?}");
 }
