@@ -269,7 +269,7 @@ fn a_letter_of_a_database_at_rest_can_be_sent_again() {
 
 #[test]
 fn a_database_with_a_mountain_of_changes_leaves_room_for_the_others() {
-    let (n_changes, n_others) = if long() { (50_000, 1_000) } else { (6_000, 100) };
+    let (n_changes, n_others) = if long() { (50_000, 1_000) } else { (4_000, 100) };
     let couch = couch(Flavour::V3, &[]);
     let receiver = receiver_with(|options| options.keep_bodies = false);
     (0..n_others).for_each(|n| couch.create_db(&tenant(n)));
