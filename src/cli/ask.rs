@@ -26,8 +26,8 @@ use crate::sys;
 const LOOK_EVERY: Duration = Duration::from_millis(100);
 /// A daemon that has not answered by then is asked after: it may be dead.
 const PATIENCE: Duration = Duration::from_secs(10);
-/// What is in flight when letters were sent again may take this long.
-const END: (Duration, Duration) = (Duration::from_millis(3_500), Duration::ZERO);
+/// What is in flight when sending letters again breaks off may take this long.
+const END: Duration = Duration::from_millis(3_500);
 
 /// A CouchDB that let us in, with everything that a daemon would have.
 pub(crate) struct Office {
@@ -192,9 +192,11 @@ impl Office {
             }
             sys::sleep(LOOK_EVERY);
         };
-        running.order(Order::Stop { deliveries: END.0, checkpoint: END.1 });
+        // Once it is answered nothing is in flight any more.
+        let deliveries = if done.is_ok() { Duration::ZERO } else { END };
+        running.order(Order::Stop { deliveries, checkpoint: Duration::ZERO });
         // What still hangs then, in a name that does not resolve for example, ends with the process.
-        let threads = running.join(sys::now() + END.0 + Duration::from_secs(1));
+        let threads = running.join(sys::now() + deliveries + Duration::from_secs(1));
         threads.into_iter().filter(sys::Thread::is_finished).for_each(|thread| drop(thread.join()));
         done
     }

@@ -43,6 +43,8 @@ pub mod share;
 pub mod signature;
 #[cfg(test)]
 mod simulation;
+#[cfg(test)]
+mod size;
 mod slots;
 pub mod snapshot;
 pub mod sweep;

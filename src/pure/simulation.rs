@@ -24,6 +24,7 @@ use crate::pure::message::{self, Arrived, Event, Telling, Watch, WebhookId};
 use crate::pure::rate::RateLimit;
 use crate::pure::roster::{Entry, Roster};
 use crate::pure::seq::Seq;
+use crate::pure::size::size;
 
 const FLOWS: usize = 3;
 /// The database that may be found by pattern.
@@ -1395,7 +1396,8 @@ fn no_schedule_loses_an_event() {
         run(seed.parse().unwrap());
         return;
     }
-    let schedules: u64 = std::env::var("SIMULATION_SCHEDULES").map_or(1_000, |n| n.parse().unwrap());
+    let schedules: u64 =
+        std::env::var("SIMULATION_SCHEDULES").map_or_else(|_| size(250, 1_000), |n| n.parse().unwrap());
     let threads = std::thread::available_parallelism().map_or(1, |n| n.get() as u64);
     let (to, counted) = crossbeam_channel::bounded(threads as usize);
     let workers: Vec<_> = (0..threads)

@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 
 use crate::host::WAIT_MAX;
 use crate::world::{
-    Daemon, Ini, STATE_DB, World, checkpoint, couch, letters, receiver, receiver_with, write,
+    Daemon, Ini, STATE_DB, World, checkpoint, couch, letters, on_each, receiver, receiver_with, write,
 };
 
 const SHORT: &str = "retry_schedule = 100ms";
@@ -88,7 +88,7 @@ fn an_endpoint_that_fails_recovers_and_is_gone_is_told_elsewhere() {
 
 #[test]
 fn dead_letters_are_told_though_we_are_killed_before_they_can_be() {
-    for flavour in crate::world::FLAVOURS {
+    on_each(&crate::world::FLAVOURS, |flavour| {
         let mut watched = Watched::start(flavour, "");
         watched.ops.refuse_connections(true).unwrap();
         watched.world.receiver.answer(|one| Reaction::Status(if one.doc_id() == "d1" { 422 } else { 200 }));
@@ -117,7 +117,7 @@ fn dead_letters_are_told_though_we_are_killed_before_they_can_be() {
         });
         assert!(repeated, "{}", watched.transcript());
         watched.ops.look(|record| assert_eq!(told(record, "webhook.dead_letter", "orders").len(), 1));
-    }
+    });
 }
 
 #[test]

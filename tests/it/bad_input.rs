@@ -9,19 +9,10 @@ use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 
 use crate::http_client::Open;
-use crate::world::{Daemon, FLAVOURS, Ini, World, couch, long, receiver, receiver_with, write};
+use crate::world::{Daemon, FLAVOURS, Ini, World, couch, long, on_each, receiver, receiver_with, write};
 
 /// How every line about this webhook's reading begins.
 const PLACE: &str = "webhook `orders`, database `orders`: failed to read changes since `";
-
-/// Does the same on all versions at once, because most of it is waiting.
-fn on_each(flavours: &[Flavour], check: impl Fn(Flavour) + Sync) {
-    std::thread::scope(|scope| {
-        for flavour in flavours {
-            scope.spawn(|| check(*flavour));
-        }
-    });
-}
 
 /// One line of the log that holds `text` and nothing twice; stdout is not ours.
 #[track_caller]
@@ -62,7 +53,7 @@ const NO_PAGES: [(FaultKind, &str); 9] = [
 
 #[test]
 fn what_is_no_page_of_changes_is_said_and_read_again() {
-    for (kind, expected) in NO_PAGES {
+    on_each(&NO_PAGES, |(kind, expected)| {
         let couch = couch(Flavour::V1, &["orders"]);
         write(&couch, "orders", 5);
         spoil(&couch, "/orders/_changes?since=0&feed=normal", 1, kind);
@@ -70,7 +61,7 @@ fn what_is_no_page_of_changes_is_said_and_read_again() {
         let line = said_once(&world.daemon, PLACE);
         assert!(line.contains("[ERROR]") && line.contains("`0`: ") && line.contains(expected), "{line}");
         world.wait_for_all("orders");
-    }
+    });
 }
 
 #[test]

@@ -14,7 +14,7 @@ use serde_json::{Value, json};
 
 use crate::commands::{Desk, wait_until_alive_of};
 use crate::host::WAIT_MAX;
-use crate::world::{Daemon, Ini, STATE_DB, couch, letters, receiver_with};
+use crate::world::{Daemon, FLAVOURS, Ini, STATE_DB, couch, letters, long, on_each, receiver_with};
 
 /// Begins every planted text; what follows says where it was planted.
 const PLANTED: &str = "pl4nted";
@@ -286,7 +286,8 @@ fn nothing_planted_in_a_user_leaves() {
 fn nothing_planted_in_a_replication_leaves_with_its_state() {
     // There is no line of a feed to send.
     let formats: Vec<&str> = FORMATS.into_iter().filter(|format| *format != "raw").collect();
-    for flavour in [Flavour::V1, Flavour::V2, Flavour::V3] {
+    let flavours: &[Flavour] = if long() { &FLAVOURS } else { &[Flavour::V1, Flavour::V3] };
+    on_each(flavours, |flavour| {
         let couch = couch(flavour, &["_replicator"]);
         let (reasons, ids) = (reasons(), ids());
         for (n, id) in ids.iter().enumerate() {
@@ -302,5 +303,5 @@ fn nothing_planted_in_a_replication_leaves_with_its_state() {
             *lines += "\nevents = *\npoll_interval = 100ms";
         }
         tell(&couch, &webhooks, &ids);
-    }
+    });
 }

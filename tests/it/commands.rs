@@ -11,7 +11,7 @@ use serde_json::{Value, json};
 use crate::host::{Host, WAIT_MAX};
 use crate::world::{
     Daemon, Dir, FLAVOURS, Ini, STATE_DB, World, assert_no_secret, checkpoint, couch, has_all, letters,
-    receiver, revs, write,
+    on_each, receiver, revs, write,
 };
 
 /// A configuration that commands read.
@@ -133,59 +133,62 @@ fn wait_accepted(receiver: &Receiver, n: usize) {
 
 #[test]
 fn pause_keeps_the_place_and_resume_goes_on_whoever_runs() {
-    for (mode, flavour) in ["alone", "hosted", "nobody"].into_iter().zip(FLAVOURS) {
-        let (couch, receiver) = (couch(flavour, &["orders"]), receiver());
-        let ini = Ini::new(&couch.url()).webhook("orders", &receiver.url(), "");
-        let desk = Desk::new(&ini);
-        let mut runner = match mode {
-            "hosted" => Runner::Hosted(Host::start(&ini.text())),
-            _ => Runner::Alone(Daemon::start(&ini)),
-        };
-        write(&couch, "orders", 5);
-        wait_accepted(&receiver, 5);
-        if mode == "nobody" {
-            if let Runner::Alone(mut daemon) = std::mem::replace(&mut runner, Runner::Nobody) {
-                daemon.terminate();
+    on_each(
+        &[("alone", Flavour::V1), ("hosted", Flavour::V2), ("nobody", Flavour::V3)],
+        |(mode, flavour)| {
+            let (couch, receiver) = (couch(flavour, &["orders"]), receiver());
+            let ini = Ini::new(&couch.url()).webhook("orders", &receiver.url(), "");
+            let desk = Desk::new(&ini);
+            let mut runner = match mode {
+                "hosted" => Runner::Hosted(Host::start(&ini.text())),
+                _ => Runner::Alone(Daemon::start(&ini)),
+            };
+            write(&couch, "orders", 5);
+            wait_accepted(&receiver, 5);
+            if mode == "nobody" {
+                if let Runner::Alone(mut daemon) = std::mem::replace(&mut runner, Runner::Nobody) {
+                    daemon.terminate();
+                }
+                assert_eq!(
+                    alive(&couch.winners(STATE_DB)),
+                    0,
+                    "a daemon that ended cleanly takes back that it is alive"
+                );
+            } else {
+                wait_until_alive(&couch);
             }
-            assert_eq!(
-                alive(&couch.winners(STATE_DB)),
-                0,
-                "a daemon that ended cleanly takes back that it is alive"
-            );
-        } else {
-            wait_until_alive(&couch);
-        }
-        let said = desk.say(&["pause", "orders", "--reason", "moving house"]);
-        assert_eq!(said.status, 0, "{mode}: {said:?}");
-        assert!(said.out.contains("is paused"), "{mode}: {said:?}");
-        assert_eq!(said.err.contains("done here"), mode == "nobody", "{mode}: {said:?}");
-        let paused = record(&couch);
-        assert_eq!(paused["paused_reason"], "moving house", "{mode}: {paused}");
-        assert_eq!(paused["paused_by"], "anna");
-        let before = receiver.look(|record| record.deliveries().len());
-        couch.put("orders", "late", &json!({})).unwrap();
-        let mut n_again = 0;
-        if mode == "nobody" {
+            let said = desk.say(&["pause", "orders", "--reason", "moving house"]);
+            assert_eq!(said.status, 0, "{mode}: {said:?}");
+            assert!(said.out.contains("is paused"), "{mode}: {said:?}");
+            assert_eq!(said.err.contains("done here"), mode == "nobody", "{mode}: {said:?}");
+            let paused = record(&couch);
+            assert_eq!(paused["paused_reason"], "moving house", "{mode}: {paused}");
+            assert_eq!(paused["paused_by"], "anna");
+            let before = receiver.look(|record| record.deliveries().len());
+            couch.put("orders", "late", &json!({})).unwrap();
+            let mut n_again = 0;
+            if mode == "nobody" {
+                let said = desk.say(&["seek", "orders", "--to", "0", "--yes"]);
+                assert!(said.status == 0 && said.err.contains("done here"), "{said:?}");
+                n_again = 5;
+                runner.start(&couch, &ini);
+            }
+            let said = desk.say(&["resume", "orders", "--json"]);
+            assert_eq!(said.status, 0, "{mode}: {said:?}");
+            let answer: Value = serde_json::from_str(&said.out).unwrap();
+            assert_eq!(answer["resumed"], true, "{mode}: {answer}");
+            wait_accepted(&receiver, before + 1 + n_again);
+            receiver.look(|record| {
+                assert_eq!(record.deliveries().len(), before + 1 + n_again, "{mode}: nothing is told twice");
+                assert!(record.accepted_rev("orders", "late").is_some());
+            });
+            assert_eq!(record(&couch)["paused_since"], Value::Null);
             let said = desk.say(&["seek", "orders", "--to", "0", "--yes"]);
-            assert!(said.status == 0 && said.err.contains("done here"), "{said:?}");
-            n_again = 5;
-            runner.start(&couch, &ini);
-        }
-        let said = desk.say(&["resume", "orders", "--json"]);
-        assert_eq!(said.status, 0, "{mode}: {said:?}");
-        let answer: Value = serde_json::from_str(&said.out).unwrap();
-        assert_eq!(answer["resumed"], true, "{mode}: {answer}");
-        wait_accepted(&receiver, before + 1 + n_again);
-        receiver.look(|record| {
-            assert_eq!(record.deliveries().len(), before + 1 + n_again, "{mode}: nothing is told twice");
-            assert!(record.accepted_rev("orders", "late").is_some());
-        });
-        assert_eq!(record(&couch)["paused_since"], Value::Null);
-        let said = desk.say(&["seek", "orders", "--to", "0", "--yes"]);
-        assert!(said.status == 0 && !said.err.contains("done here"), "{mode}: {said:?}");
-        wait_accepted(&receiver, before + 1 + n_again + 6);
-        receiver.look(|record| assert_eq!(record.violations(), [], "{mode}"));
-    }
+            assert!(said.status == 0 && !said.err.contains("done here"), "{mode}: {said:?}");
+            wait_accepted(&receiver, before + 1 + n_again + 6);
+            receiver.look(|record| assert_eq!(record.violations(), [], "{mode}"));
+        },
+    );
 }
 
 #[test]
@@ -273,7 +276,7 @@ fn what_the_configuration_pauses_is_not_resumed() {
 
 #[test]
 fn seek_to_the_beginning_tells_everything_again_with_the_ids_it_had() {
-    for flavour in FLAVOURS {
+    on_each(&FLAVOURS, |flavour| {
         let world = World::start(flavour, "");
         let ini = Ini::new(&world.couch.url()).webhook("orders", &world.receiver.url(), "");
         let desk = Desk::new(&ini);
@@ -319,7 +322,7 @@ fn seek_to_the_beginning_tells_everything_again_with_the_ids_it_had() {
         world.wait_couch("a checkpoint behind the seek", |seen| {
             seen.local("orders", "couch-hookd.orders").is_some_and(|json| json.contains(&sought))
         });
-    }
+    });
 }
 
 #[test]
@@ -424,7 +427,7 @@ fn what_was_done_by_others_while_a_daemon_starts_counts_for_it() {
 
 #[test]
 fn a_request_is_obeyed_once_though_killed_before_the_answer() {
-    for flavour in FLAVOURS {
+    on_each(&FLAVOURS, |flavour| {
         let mut world = World::start(flavour, "");
         write(&world.couch, "orders", 10);
         world.wait_for_all("orders");
@@ -470,5 +473,5 @@ fn a_request_is_obeyed_once_though_killed_before_the_answer() {
             // Once more at the most for the kill itself.
             assert!(most.clone().all(|n| (2..=3).contains(&n)), "{:?}", most.collect::<Vec<_>>());
         });
-    }
+    });
 }

@@ -13,7 +13,7 @@ use serde_json::{Value, json};
 use crate::commands::{Desk, wait_until_alive};
 use crate::host::WAIT_MAX;
 use crate::world::{
-    Daemon, FLAVOURS, Ini, STATE_DB, World, checkpoint, couch, letters, long, receiver, write,
+    Daemon, FLAVOURS, Ini, STATE_DB, World, checkpoint, couch, letters, long, on_each, receiver, write,
 };
 
 const CLASSES: [&str; 3] = ["refused", "suspect", "given_up"];
@@ -187,7 +187,7 @@ fn numbers_are_right_after_a_kill_in_the_middle() {
 
 #[test]
 fn without_a_daemon_they_are_sent_from_here_exactly_as_they_were() {
-    for flavour in FLAVOURS {
+    on_each(&FLAVOURS, |flavour| {
         let (couch, receiver) = (couch(flavour, &["orders"]), receiver());
         let ini = ini(&couch, &receiver);
         let desk = Desk::new(&ini);
@@ -229,7 +229,7 @@ fn without_a_daemon_they_are_sent_from_here_exactly_as_they_were() {
         assert_eq!(letters(&couch).len(), 0);
         assert_eq!(desk.done(&["dead-letters", "list"]), "no dead letters\n");
         assert!(desk.say(&["dead-letters", "discard"]).status == 0, "nothing to ask about");
-    }
+    });
 }
 
 #[test]

@@ -6,7 +6,7 @@ use serde_json::{Value, json};
 
 use crate::commands::{Desk, Said, wait_until_alive};
 use crate::host::{Host, WAIT_MAX};
-use crate::world::{Daemon, FLAVOURS, Ini, STATE_DB, World, couch, letters, receiver, write};
+use crate::world::{Daemon, FLAVOURS, Ini, STATE_DB, World, couch, letters, on_each, receiver, write};
 
 /// The lines of `status --json`, by webhook.
 fn lines(said: &Said) -> Vec<Value> {
@@ -31,7 +31,7 @@ fn wait_for_status(desk: &Desk, world: &World, what: &str, fits: impl Fn(&Value,
 
 #[test]
 fn status_says_how_a_webhook_is_and_when_a_person_is_needed() {
-    for flavour in FLAVOURS {
+    on_each(&FLAVOURS, |flavour| {
         let mut world = World::start(flavour, "retry_schedule = 100ms, 5m");
         let lines_of = "retry_schedule = 100ms, 5m";
         let desk =
@@ -66,7 +66,7 @@ fn status_says_how_a_webhook_is_and_when_a_person_is_needed() {
         let said = desk.say(&["status", "orders"]);
         assert!(said.status == 0 && said.out.contains("paused") && said.out.contains("by hand"), "{said:?}");
         assert!(said.out.contains("no daemon is alive"), "{said:?}");
-    }
+    });
 }
 
 #[test]
@@ -108,7 +108,7 @@ fn status_of_a_server_that_lets_nobody_in_fails() {
 
 #[test]
 fn tail_shows_attempts_while_somebody_looks() {
-    for hosted in [false, true] {
+    on_each(&[false, true], |hosted| {
         let (couch, receiver) = (couch(Flavour::V2, &["orders"]), receiver());
         let ini = Ini::new(&couch.url()).webhook("orders", &receiver.url(), "retry_schedule = 100ms");
         let desk = Desk::new(&ini);
@@ -143,5 +143,5 @@ fn tail_shows_attempts_while_somebody_looks() {
         // It takes its request back when it ends.
         let open = couch.winners(STATE_DB).into_iter();
         assert_eq!(open.filter(|(id, one)| id.starts_with("request:") && !one.deleted).count(), 0);
-    }
+    });
 }

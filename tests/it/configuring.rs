@@ -8,7 +8,7 @@ use nix::sys::signal::Signal;
 use serde_json::json;
 
 use crate::host::{Host, WAIT_MAX};
-use crate::world::{Daemon, FLAVOURS, Ini, World, couch, has_all, receiver, revs, write};
+use crate::world::{Daemon, FLAVOURS, Ini, World, couch, has_all, on_each, receiver, revs, write};
 
 #[track_caller]
 fn wait_for_all(couch: &StandIn, receiver: &Receiver, transcript: impl Fn() -> String) {
@@ -143,7 +143,7 @@ fn registered() {
 
 #[test]
 fn a_couchdb_that_comes_up_later_is_waited_for_and_said_once() {
-    for flavour in FLAVOURS {
+    on_each(&FLAVOURS, |flavour| {
         let (couch, receiver) = (couch(flavour, &["orders"]), receiver());
         write(&couch, "orders", 3);
         couch.stop();
@@ -156,7 +156,7 @@ fn a_couchdb_that_comes_up_later_is_waited_for_and_said_once() {
             host.logged().iter().filter(|logged| logged.message.contains("waiting for CouchDB")).count();
         assert_eq!(said, 1, "{}", host.transcript());
         host.assert_protocol_kept();
-    }
+    });
 }
 
 #[test]
@@ -220,7 +220,7 @@ fn a_reload_applies_what_is_good_and_keeps_the_old_where_it_is_bad() {
 
 #[test]
 fn a_cluster_of_more_than_one_node_is_said() {
-    for flavour in [Flavour::V2, Flavour::V3] {
+    on_each(&[Flavour::V2, Flavour::V3], |flavour| {
         let couch = couch(flavour, &["orders"]);
         couch.quirks(|quirks| quirks.n_other_nodes = 2);
         let receiver = receiver();
@@ -228,7 +228,7 @@ fn a_cluster_of_more_than_one_node_is_said() {
             Host::start(&Ini::new(&couch.url()).webhook("orders", &receiver.url(), "lease = off").text());
         let line = host.wait_for_log("this CouchDB has 3 nodes");
         assert!(line.message.starts_with("warning: ") && line.level == "info", "{line:?}");
-    }
+    });
 }
 
 /// A `get` that is never answered must not keep the daemon from its work, nor from its end.

@@ -9,7 +9,7 @@ use couch_hookd::standin::record::{Delivery, Record};
 use serde_json::{Value, json};
 
 use crate::host::WAIT_MAX;
-use crate::world::{Daemon, FLAVOURS, Ini, STATE_DB, World, couch, letters, receiver_with};
+use crate::world::{Daemon, FLAVOURS, Ini, STATE_DB, World, couch, letters, on_each, receiver_with};
 
 /// A leaf that loses against every first revision of the stand-in, and its hash.
 const LOSER: &str = "1-00000000000000000000000000000001";
@@ -64,7 +64,7 @@ fn wait_until_none_is_listed(world: &World) {
 
 #[test]
 fn a_conflict_and_its_end_are_told_under_ids_of_their_own() {
-    for flavour in FLAVOURS {
+    on_each(&FLAVOURS, |flavour| {
         let world = world(flavour, "conflicts = true");
         let first = world.couch.put("orders", "order:17", &json!({"n": 1})).unwrap();
         world.wait("update", |record| record.n_accepted() == 1);
@@ -93,7 +93,7 @@ fn a_conflict_and_its_end_are_told_under_ids_of_their_own() {
             assert_eq!(bodies[2]["data"]["conflicts"], json!([]));
             assert_eq!(bodies[2]["data"]["rev"], json!(first));
         });
-    }
+    });
 }
 
 #[test]
@@ -190,7 +190,7 @@ fn what_was_conflicted_in_a_database_that_was_made_again_is_forgotten() {
 
 #[test]
 fn leaves_come_byte_for_byte_in_the_order_of_conflicts() {
-    for flavour in FLAVOURS {
+    on_each(&FLAVOURS, |flavour| {
         let couch = couch(flavour, &["orders"]);
         couch.put_raw("orders", "a", r#"{"n":1.0}"#).unwrap();
         let (b, c) = (LOSER, "1-00000000000000000000000000000002");
@@ -211,7 +211,7 @@ fn leaves_come_byte_for_byte_in_the_order_of_conflicts() {
                 .count()),
             1
         );
-    }
+    });
 }
 
 #[test]

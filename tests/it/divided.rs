@@ -150,7 +150,7 @@ fn who(one: &Delivery) -> &str {
 
 #[test]
 fn each_tells_its_part_and_what_one_leaves_is_taken_up() {
-    let n_dbs = if long() { 3_000 } else { 150 };
+    let n_dbs = if long() { 3_000 } else { 90 };
     let ttl = Duration::from_secs(3);
     let mut divided = Divided::start(n_dbs, ttl);
     // Once all have seen each other, each has its part.

@@ -42,7 +42,7 @@ fn median(mut times: Vec<Duration>) -> Duration {
 fn an_outage_costs_no_memory_no_letter_and_nobody_else_anything() {
     let (outage, backlog, samples) = match long() {
         true => (Duration::from_secs(60), 5_000, 1_000),
-        false => (Duration::from_secs(3), 2_500, 150),
+        false => (Duration::from_secs(3), 2_500, 60),
     };
     // So large that reading on during the outage would show.
     let body = json!({"text": "x".repeat(2_048)});

@@ -17,7 +17,7 @@ use couch_hookd::standin::receiver::Receiver;
 use couch_hookd::sys;
 use serde_json::{Value, json};
 
-use crate::world::{Daemon, FLAVOURS, Ini, World, couch, has_all, receiver, revs};
+use crate::world::{Daemon, FLAVOURS, Ini, World, couch, has_all, on_each, receiver, revs};
 
 /// Every third document is `mine`, and so is every document that a filter passes.
 fn write_some_mine(couch: &StandIn, db: &str, n: usize) -> BTreeMap<String, String> {
@@ -49,7 +49,7 @@ fn filters(flavour: Flavour, ids: &BTreeMap<String, String>) -> Vec<(&'static st
 
 #[test]
 fn every_kind_of_filter_loses_nothing_behind_full_pages() {
-    for flavour in FLAVOURS {
+    on_each(&FLAVOURS, |flavour| {
         let couch = couch(flavour, &["orders"]);
         couch.quirks(|quirks| {
             quirks.last_seq_skips = 5;
@@ -87,7 +87,7 @@ fn every_kind_of_filter_loses_nothing_behind_full_pages() {
             assert!(came, "{flavour:?}\n{}", daemon.transcript());
             assert_eq!(receiver.look(|record| record.violations().to_vec()), []);
         }
-    }
+    });
 }
 
 #[test]
@@ -199,7 +199,7 @@ fn read_by_sevens(couch: &StandIn, filter: Filter) -> BTreeSet<String> {
 
 #[test]
 fn pages_of_seven_lose_nothing_behind_their_last_seq() {
-    for flavour in FLAVOURS {
+    on_each(&FLAVOURS, |flavour| {
         let couch = couch(flavour, &["orders"]);
         couch.quirks(|quirks| quirks.last_seq_skips = 3);
         couch.filter("app/mine", |doc, _| Ok(is_mine(doc)));
@@ -216,12 +216,12 @@ fn pages_of_seven_lose_nothing_behind_their_last_seq() {
         for filter in filters {
             assert_eq!(read_by_sevens(&couch, filter.clone()), mine, "{flavour:?} {filter:?}");
         }
-    }
+    });
 }
 
 #[test]
 fn a_feed_whose_connection_fails_is_not_asked_for_again_before_its_database_is_looked_at() {
-    for flavour in FLAVOURS {
+    on_each(&FLAVOURS, |flavour| {
         let couch = couch(flavour, &["orders"]);
         couch.quirks(|quirks| {
             let request = "feed=continuous".to_owned();
@@ -234,7 +234,7 @@ fn a_feed_whose_connection_fails_is_not_asked_for_again_before_its_database_is_l
             names.map(|one| one.query.iter().any(|(_, value)| value == "continuous")).collect::<Vec<_>>()
         });
         assert!(!order.windows(2).any(|pair| pair == [true, true]), "{}", world.transcript());
-    }
+    });
 }
 
 #[test]

@@ -7,7 +7,9 @@ use serde_json::{Value, json};
 
 use crate::host::WAIT_MAX;
 use crate::http_client::ask;
-use crate::world::{Daemon, FLAVOURS, Ini, World, checkpoint, couch, letters, receiver, receiver_with};
+use crate::world::{
+    Daemon, FLAVOURS, Ini, World, checkpoint, couch, letters, on_each, receiver, receiver_with,
+};
 
 /// What floats, blanks and another order of members would spoil.
 const DOC: &str = r#"{"big":12345678901234567890123,"one":1.0,"zero":-0.0,"a":"<b> & c"}"#;
@@ -41,7 +43,7 @@ fn stored(couch: &StandIn) -> String {
 
 #[test]
 fn raw_is_the_line_of_the_feed() {
-    for flavour in FLAVOURS {
+    on_each(&FLAVOURS, |flavour| {
         let (world, all) = requests(flavour, "raw", 1);
         let body = text(&all[0]);
         assert_eq!(header(&all[0], "content-type"), "application/json");
@@ -56,7 +58,7 @@ fn raw_is_the_line_of_the_feed() {
         let line: Value = serde_json::from_slice(&body).unwrap();
         assert_eq!((&line["deleted"], &line["changes"][0]["rev"]), (&json!(true), &json!(rev)));
         assert_eq!(line["doc"]["_deleted"], true, "raw leaves nothing out: {line}");
-    }
+    });
 }
 
 /// Of leaves that are deleted only the line knows: what we make of a row ourselves would not hold them.
@@ -100,7 +102,7 @@ fn slack_gets_a_text_and_no_document() {
 /// The endpoint is a database of another CouchDB: a review queue. What it has already is delivered, too.
 #[test]
 fn couchdb_doc_fills_a_database_of_another_couchdb() {
-    for flavour in FLAVOURS {
+    on_each(&FLAVOURS, |flavour| {
         let review = couch(flavour, &["review"]);
         let source = couch(Flavour::V3, &["orders"]);
         source.put_raw("orders", "order:17", DOC).unwrap();
@@ -138,7 +140,7 @@ fn couchdb_doc_fills_a_database_of_another_couchdb() {
         assert_eq!(posted(&review), posts + 3, "what is there already is not tried again");
         assert_eq!(letters(&source), [] as [Value; 0]);
         assert_eq!(daemon.n_logged("its endpoint"), 0, "{}", daemon.transcript());
-    }
+    });
 }
 
 fn posted(review: &StandIn) -> usize {

@@ -16,7 +16,9 @@ use serde_json::{Value, json};
 
 use crate::commands::{Desk, ask};
 use crate::host::WAIT_MAX;
-use crate::world::{Daemon, FLAVOURS, Ini, STATE_DB, couch, has_all, long, receiver_with, revs, write};
+use crate::world::{
+    Daemon, FLAVOURS, Ini, STATE_DB, couch, has_all, long, on_each, receiver_with, revs, write,
+};
 
 /// The real time of a lease.
 const TTL: Duration = Duration::from_secs(15);
@@ -141,7 +143,7 @@ fn keep_writing(couch: &StandIn, over: &AtomicBool, pause: Duration) {
 
 #[test]
 fn one_daemon_alone_writes_no_lease_and_a_second_one_stands_by() {
-    for flavour in FLAVOURS {
+    on_each(&FLAVOURS, |flavour| {
         let ttl = Duration::from_secs(3);
         let mut several = Several::start(flavour, &["a"], ttl, "");
         write(&several.couch, "orders", 5);
@@ -169,7 +171,7 @@ fn one_daemon_alone_writes_no_lease_and_a_second_one_stands_by() {
         several.wait_for_all();
         assert_eq!((several.n_sent("a"), several.n_sent("b")), (10, 5), "{}", several.transcript());
         several.receiver.look(|record| assert_eq!(record.violations(), []));
-    }
+    });
 }
 
 #[test]

@@ -18,6 +18,7 @@ use crossbeam_channel::{Receiver, bounded};
 use serde_json::json;
 
 use crate::host::WAIT_MAX;
+use crate::world::on_each;
 
 struct World {
     couch: StandIn,
@@ -76,7 +77,7 @@ fn until_hinted(sightings: &Receiver<Sighting>, wanted: &Hint) {
 
 #[test]
 fn every_wanted_database_is_seen_in_every_walk_and_no_other_is_asked_about() {
-    for flavour in [Flavour::V1, Flavour::V2, Flavour::V3] {
+    on_each(&[Flavour::V1, Flavour::V2, Flavour::V3], |flavour| {
         let world = World::new(flavour, Duration::from_millis(100), 1000);
         let n = if flavour == Flavour::V1 { 12 } else { 130 };
         (0..n).for_each(|n| world.couch.create_db(&format!("tenant-{n:03}")));
@@ -97,12 +98,12 @@ fn every_wanted_database_is_seen_in_every_walk_and_no_other_is_asked_about() {
         assert_eq!(changed, ["tenant-007", "tenant-new"], "{flavour:?}");
         assert!(!later.contains_key("tenant-003"));
         assert_eq!(world.couch.n_requests("GET /other"), 0);
-    }
+    });
 }
 
 #[test]
 fn hints_are_passed_on_at_once_whoever_gives_them_and_not_of_others() {
-    for flavour in [Flavour::V1, Flavour::V3] {
+    on_each(&[Flavour::V1, Flavour::V3], |flavour| {
         let world = World::new(flavour, Duration::from_secs(3600), 1000);
         world.couch.create_db("_global_changes");
         ["tenant-1", "tenant-2", "other"].iter().for_each(|db| world.couch.create_db(db));
@@ -124,7 +125,7 @@ fn hints_are_passed_on_at_once_whoever_gives_them_and_not_of_others() {
                 .any(|sighting| matches!(sighting, Sighting::Hinted(hints) if hints.contains(&wanted)))
         });
         assert!(heard, "{flavour:?}");
-    }
+    });
 }
 
 #[test]

@@ -10,7 +10,9 @@ use couch_hookd::sys;
 use serde_json::json;
 
 use crate::host::WAIT_MAX;
-use crate::world::{CANARY, Daemon, FLAVOURS, Ini, World, couch, letters, long, receiver, receiver_with};
+use crate::world::{
+    CANARY, Daemon, FLAVOURS, Ini, World, couch, letters, long, on_each, receiver, receiver_with,
+};
 
 /// So that a sweep of hundreds of databases takes a moment, every second.
 const QUICK: &str = "sweep_interval = 1s\nsweep_rate = 1000";
@@ -20,16 +22,6 @@ const TENANTS: &str = "db = tenant-*, !tenant-test\nsince = now";
 
 fn tenant(n: usize) -> String {
     format!("tenant-{n:05}")
-}
-
-/// Does the same on all versions at once, because most of it is waiting.
-fn on_each(check: impl Fn(Flavour) + Sync) {
-    let check = &check;
-    std::thread::scope(|scope| {
-        for flavour in FLAVOURS {
-            scope.spawn(move || check(flavour));
-        }
-    });
 }
 
 fn start(couch: StandIn, receiver: Receiver, hookd: &str, lines: &str) -> World {
@@ -85,7 +77,7 @@ fn databases_made_and_written_at_once_all_arrive_with_hints_and_without() {
 /// Between two walks over all databases.
 #[test]
 fn what_a_hint_names_is_told_at_once() {
-    on_each(|flavour| {
+    on_each(&FLAVOURS, |flavour| {
         let couch = couch(flavour, &["_global_changes", "tenant-a"]);
         let world = start(couch, receiver(), "sweep_interval = 24h\nsweep_rate = 1000", TENANTS);
         wait_until_started(&world);
@@ -107,7 +99,7 @@ fn what_a_hint_names_is_told_at_once() {
 
 #[test]
 fn what_is_written_later_to_any_of_them_arrives_once() {
-    on_each(|flavour| {
+    on_each(&FLAVOURS, |flavour| {
         let (hints, nodes) = match flavour {
             Flavour::V1 => (false, 0),
             Flavour::V2 => (false, 2),
@@ -135,7 +127,7 @@ fn what_is_written_later_to_any_of_them_arrives_once() {
 
 #[test]
 fn kills_lose_nothing_of_databases_that_come_and_go() {
-    on_each(|flavour| {
+    on_each(&FLAVOURS, |flavour| {
         let couch = couch(flavour, &[]);
         (0..10).for_each(|n| couch.create_db(&tenant(n)));
         let mut world = start(couch, receiver(), QUICK, TENANTS);
@@ -171,7 +163,7 @@ fn kills_lose_nothing_of_databases_that_come_and_go() {
 
 #[test]
 fn a_database_made_again_is_told_from_its_beginning_also_when_it_looks_the_same() {
-    on_each(|flavour| {
+    on_each(&FLAVOURS, |flavour| {
         let couch = couch(flavour, &["tenant-a"]);
         let mut world = start(couch, receiver(), QUICK, TENANTS);
         wait_until_started(&world);
@@ -197,7 +189,7 @@ fn a_database_made_again_is_told_from_its_beginning_also_when_it_looks_the_same(
 
 #[test]
 fn a_database_that_is_deleted_unheard_is_let_go() {
-    on_each(|flavour| {
+    on_each(&FLAVOURS, |flavour| {
         let couch = couch(flavour, &["tenant-a", "tenant-b"]);
         couch.quirks(|quirks| quirks.drop_updates = true);
         let world = start(couch, receiver(), QUICK, TENANTS);
@@ -349,7 +341,7 @@ fn a_letter_of_a_database_at_rest_can_be_sent_again() {
 
 #[test]
 fn a_database_with_a_mountain_of_changes_leaves_room_for_the_others() {
-    let (n_changes, n_others) = if long() { (50_000, 1_000) } else { (6_000, 100) };
+    let (n_changes, n_others) = if long() { (50_000, 1_000) } else { (4_000, 100) };
     let couch = couch(Flavour::V3, &[]);
     let receiver = receiver_with(|options| options.keep_bodies = false);
     (0..n_others).for_each(|n| couch.create_db(&tenant(n)));

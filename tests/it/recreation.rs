@@ -10,7 +10,8 @@ use serde_json::{Value, json};
 
 use crate::http_client::ask;
 use crate::world::{
-    Daemon, FLAVOURS, Ini, STATE_DB, World, checkpoint, couch, has_all, letters, receiver, revs, write,
+    Daemon, FLAVOURS, Ini, STATE_DB, World, checkpoint, couch, has_all, letters, on_each, receiver, revs,
+    write,
 };
 
 /// What is said when a database was deleted and made again.
@@ -19,15 +20,6 @@ const RECREATED: &str = "database.recreated";
 const NOT_BELIEVED: &str = "is not believed";
 /// `METHOD /path` of what stores the checkpoint of `World`'s webhook.
 const PUT_CHECKPOINT: &str = "PUT /orders/_local/couch-hookd.orders";
-
-/// Does the same on all versions at once, because most of it is waiting.
-fn on_each(flavours: &[Flavour], check: impl Fn(Flavour) + Sync) {
-    std::thread::scope(|scope| {
-        for flavour in flavours {
-            scope.spawn(|| check(*flavour));
-        }
-    });
-}
 
 /// Deletes the database and makes it again with five documents, at once.
 fn recreate(couch: &StandIn, db: &str, prefix: &str) {

@@ -14,7 +14,7 @@ use couch_hookd::sys;
 use serde_json::{Value, json};
 
 use crate::host::WAIT_MAX;
-use crate::world::{Daemon, FLAVOURS, Ini, World, couch, receiver_with};
+use crate::world::{Daemon, FLAVOURS, Ini, World, couch, on_each, receiver_with};
 
 use ReplicationState::{Completed, Crashing, Error, Failed, Initializing, Pending, Running};
 
@@ -234,7 +234,7 @@ impl Watched {
 
 #[test]
 fn a_whole_life_is_told_in_order() {
-    for flavour in FLAVOURS {
+    on_each(&FLAVOURS, |flavour| {
         let mut watched = Watched::start(flavour, ALL);
         for (at, name) in LIFE.iter().enumerate() {
             watched.step("edge", name);
@@ -254,12 +254,12 @@ fn a_whole_life_is_told_in_order() {
                 before = &data["state"];
             }
         }
-    }
+    });
 }
 
 #[test]
 fn a_crash_says_what_where_and_what_to_do() {
-    for flavour in FLAVOURS {
+    on_each(&FLAVOURS, |flavour| {
         let mut watched = Watched::start(flavour, ALL);
         for name in ["put", "run", "crash"] {
             watched.step("edge", name);
@@ -289,12 +289,12 @@ fn a_crash_says_what_where_and_what_to_do() {
             let target = text(&watched.last("edge")["data"]["replication"]["target"]);
             assert_eq!(target.trim_end_matches('/'), "http://127.0.0.1:1/x");
         }
-    }
+    });
 }
 
 #[test]
 fn flapping_tells_nothing() {
-    for flavour in [Flavour::V2, Flavour::V3] {
+    on_each(&[Flavour::V2, Flavour::V3], |flavour| {
         let mut watched = Watched::start(flavour, ALL);
         watched.step("edge", "put");
         watched.step("edge", "run");
@@ -306,12 +306,12 @@ fn flapping_tells_nothing() {
         watched.settle();
         watched.step("edge", "wait");
         watched.settle();
-    }
+    });
 }
 
 #[test]
 fn a_row_that_is_missing_is_no_removal() {
-    for flavour in [Flavour::V2, Flavour::V3] {
+    on_each(&[Flavour::V2, Flavour::V3], |flavour| {
         let mut watched = Watched::start(flavour, ALL);
         watched.step("edge", "put");
         watched.step("edge", "run");
@@ -324,12 +324,12 @@ fn a_row_that_is_missing_is_no_removal() {
         watched.couch().replicate(DB, "edge", at_work(flavour)).unwrap();
         watched.settle();
         watched.step("edge", "delete");
-    }
+    });
 }
 
 #[test]
 fn last_updated_moves_and_nothing_is_told() {
-    for flavour in [Flavour::V2, Flavour::V3] {
+    on_each(&[Flavour::V2, Flavour::V3], |flavour| {
         let mut watched = Watched::start(flavour, ALL);
         watched.step("edge", "put");
         watched.step("edge", "crash");
@@ -345,12 +345,12 @@ fn last_updated_moves_and_nothing_is_told() {
         watched.settle();
         watched.couch().replicate(DB, "edge", Replication::failing(Crashing, REFUSED, 5)).unwrap();
         watched.settle();
-    }
+    });
 }
 
 #[test]
 fn what_changed_while_we_were_down_is_told_once() {
-    for flavour in FLAVOURS {
+    on_each(&FLAVOURS, |flavour| {
         let mut watched = Watched::start(flavour, ALL);
         for id in ["crashes", "stays", "goes", "ends"] {
             watched.step(id, "put");
@@ -375,12 +375,12 @@ fn what_changed_while_we_were_down_is_told_once() {
         watched.world.daemon.kill();
         watched.world.daemon.start_again();
         watched.settle();
-    }
+    });
 }
 
 #[test]
 fn a_webhook_that_starts_now_is_told_of_changes_alone() {
-    for flavour in FLAVOURS {
+    on_each(&FLAVOURS, |flavour| {
         let standin = couch(flavour, &[DB]);
         for id in ["a", "b"] {
             put(&standin, id);
@@ -392,13 +392,13 @@ fn a_webhook_that_starts_now_is_told_of_changes_alone() {
         watched.step("c", "put");
         watched.step("c", "run");
         watched.settle();
-    }
+    });
 }
 
 #[test]
 fn who_stands_still_or_cannot_write_is_told_of_once() {
-    for flavour in FLAVOURS {
-        let mut watched = Watched::start(flavour, &format!("{ALL}\nstalled_after = 1s"));
+    on_each(&FLAVOURS, |flavour| {
+        let mut watched = Watched::start(flavour, &format!("{ALL}\nstalled_after = 3s"));
         let (behind, end) = if flavour == Flavour::V1 { ("4", "9") } else { ("4-g1AAAAC", "9-g1AAAAC") };
         let state = |docs_read: u64, doc_write_failures: u64| {
             let progress = Progress {
@@ -427,12 +427,12 @@ fn who_stands_still_or_cannot_write_is_told_of_once() {
         watched.settle();
         say(&watched, state(3, 5));
         watched.expect("edge", &["write_failures", "stalled"], false);
-    }
+    });
 }
 
 #[test]
 fn a_document_that_cannot_work_is_told_of_once() {
-    for flavour in FLAVOURS {
+    on_each(&FLAVOURS, |flavour| {
         let mut watched = Watched::start(flavour, ALL);
         let bad = json!({"source": "http://h/a", "filter": "a/b"});
         watched.couch().put_replication(DB, "bad", &bad).unwrap();
@@ -443,12 +443,12 @@ fn a_document_that_cannot_work_is_told_of_once() {
         watched.settle();
         watched.step("bad", "edit");
         watched.settle();
-    }
+    });
 }
 
 #[test]
 fn a_failed_replication_is_submitted_again_as_often_as_asked_for() {
-    for flavour in [Flavour::V2, Flavour::V3] {
+    on_each(&[Flavour::V2, Flavour::V3], |flavour| {
         let mut watched = Watched::start(flavour, &format!("{ALL}\nretry_failed = 1, 1s"));
         watched.step("edge", "put");
         watched.step("edge", "fail");
@@ -466,14 +466,14 @@ fn a_failed_replication_is_submitted_again_as_often_as_asked_for() {
         watched.settle();
         watched.step("edge", "edit");
         watched.step("edge", "recover");
-    }
+    });
 }
 
 #[test]
 fn jobs_of_replicate_are_told_of_without_a_document() {
     let id = "0123456789abcdef0123456789abcdef+continuous";
     let key = format!("_replicate/{id}");
-    for flavour in [Flavour::V2, Flavour::V3] {
+    on_each(&[Flavour::V2, Flavour::V3], |flavour| {
         let mut watched = Watched::start(flavour, ALL);
         let say = |watched: &Watched, one| {
             watched.couch().replicate_transient(id, "http://h/a", "http://u:p@h/b", one);
@@ -486,13 +486,13 @@ fn jobs_of_replicate_are_told_of_without_a_document() {
         say(&watched, Replication::new(Completed));
         watched.expect(&key, &["removed"], false);
         watched.settle();
-    }
+    });
 }
 
 #[test]
 fn other_replicator_databases_and_the_default_events() {
     let db = "team/_replicator";
-    for flavour in FLAVOURS {
+    on_each(&FLAVOURS, |flavour| {
         let lines = format!("watch = replications\ndb = {db}\npoll_interval = 100ms");
         let mut watched = Watched::start_on(couch(flavour, &[db]), flavour, &lines);
         put_in(watched.couch(), db, "edge");
@@ -506,16 +506,16 @@ fn other_replicator_databases_and_the_default_events() {
         say(&watched, Replication::new(Completed));
         watched.expect("edge", &["completed", "recovered"], false);
         watched.settle();
-    }
+    });
 }
 
 #[test]
 fn a_written_state_wakes_us_long_before_the_next_look() {
-    for flavour in FLAVOURS {
+    on_each(&FLAVOURS, |flavour| {
         let lines = "watch = replications\npoll_interval = 1h\nconfirm_polls = 1";
         let mut watched = Watched::start(flavour, lines);
         watched.world.daemon.wait_for_log("webhook `sync`");
         watched.step("edge", "put");
         watched.step("edge", "fail");
-    }
+    });
 }

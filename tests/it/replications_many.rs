@@ -7,7 +7,7 @@ use couch_hookd::standin::replicator::{Replication, ReplicationState};
 use serde_json::json;
 
 use crate::replications::{DB, Watched, at_work, put};
-use crate::world::{couch, long};
+use crate::world::{couch, long, on_each};
 
 use ReplicationState::Initializing;
 
@@ -15,7 +15,7 @@ use ReplicationState::Initializing;
 fn pages_that_fail_and_shift_tell_nothing_and_lose_nothing() {
     let n_all = if long() { 1_100 } else { 600 };
     let lines = "watch = replications\nevents = replication.crashing\npoll_interval = 100ms";
-    for flavour in [Flavour::V2, Flavour::V3] {
+    on_each(&[Flavour::V2, Flavour::V3], |flavour| {
         let standin = couch(flavour, &[DB]);
         for n in 0..n_all {
             put(&standin, &format!("r{n:04}"));
@@ -40,7 +40,7 @@ fn pages_that_fail_and_shift_tell_nothing_and_lose_nothing() {
         });
         watched.settle();
         watched.step("r0501", "crash");
-    }
+    });
 }
 
 #[test]
@@ -64,7 +64,8 @@ fn no_row_is_passed_over_behind_a_full_page() {
 
 #[test]
 fn thousands_are_read_in_pages_of_500_and_told_of_when_they_change() {
-    for flavour in [Flavour::V2, Flavour::V3] {
+    let flavours: &[Flavour] = if long() { &[Flavour::V2, Flavour::V3] } else { &[Flavour::V3] };
+    on_each(flavours, |flavour| {
         // What 5,000 cost the release build is a benchmark's subject; here the stand-in is what takes long.
         let n_all = if long() && flavour == Flavour::V3 { 5_000 } else { 620 };
         let standin = couch(flavour, &[DB]);
@@ -97,5 +98,5 @@ fn thousands_are_read_in_pages_of_500_and_told_of_when_they_change() {
             pages.len(),
             watched.world.daemon.rss_kib()
         );
-    }
+    });
 }

@@ -5,7 +5,7 @@ use serde_json::{Value, json};
 
 use crate::commands::{Desk, Said, ask, wait_until_alive};
 use crate::host::WAIT_MAX;
-use crate::world::{CANARY, Daemon, FLAVOURS, Ini, STATE_DB, couch, receiver};
+use crate::world::{CANARY, Daemon, FLAVOURS, Ini, STATE_DB, couch, on_each, receiver};
 
 const REPLICATIONS: &str = "watch = replications";
 
@@ -24,7 +24,7 @@ fn lines(said: &Said, subject: &str) -> Vec<String> {
 
 #[test]
 fn check_asks_whatever_tells_of_replications() {
-    for flavour in FLAVOURS {
+    on_each(&FLAVOURS, |flavour| {
         let (couch, receiver) = (couch(flavour, &["_replicator"]), receiver());
         let more = format!("{REPLICATIONS}\ndb = _replicator, team/_replicator");
         let desk = Desk::new(&Ini::new(&couch.url()).webhook("sync", &receiver.url(), &more));
@@ -45,7 +45,7 @@ fn check_asks_whatever_tells_of_replications() {
         let is_old = flavour == Flavour::V1;
         assert_eq!((n_asked, n_tasks), (usize::from(!is_old), usize::from(is_old)), "{flavour:?}");
         assert_eq!(couch.n_requests("DELETE /_replicator/_local/couch-hookd-check-"), 1, "{flavour:?}");
-    }
+    });
 }
 
 /// A stand-in whose only admin is somebody else.
@@ -62,7 +62,7 @@ fn closed(flavour: Flavour) -> StandIn {
 
 #[test]
 fn check_and_explain_say_that_an_admin_is_needed() {
-    for flavour in FLAVOURS {
+    on_each(&FLAVOURS, |flavour| {
         let couch = closed(flavour);
         let receiver = receiver();
         let desk = Desk::new(&Ini::new(&couch.url()).webhook("sync", &receiver.url(), REPLICATIONS));
@@ -81,7 +81,7 @@ fn check_and_explain_say_that_an_admin_is_needed() {
         let is_said =
             missing.iter().any(|missing| missing.as_str().is_some_and(|why| why.contains("server admin")));
         assert!(said.status == 1 && is_said, "{flavour:?} {said:?}");
-    }
+    });
 }
 
 #[test]

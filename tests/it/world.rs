@@ -36,6 +36,16 @@ pub(crate) fn long() -> bool {
     std::env::var_os("HOOKD_LONG").is_some_and(|value| value != "0")
 }
 
+/// Does the same in all cases at once, on all versions for example, because most of it is waiting.
+pub(crate) fn on_each<T: Copy + Send>(cases: &[T], check: impl Fn(T) + Sync) {
+    std::thread::scope(|scope| {
+        for case in cases.iter().copied() {
+            let check = &check;
+            scope.spawn(move || check(case));
+        }
+    });
+}
+
 /// A part of every password, token and header value that [`Ini`] writes: nobody may ever see it but those whom it
 /// is for. Looked for in whatever a [`Daemon`] logs and a [`World`]'s CouchDB holds, whatever is tested.
 pub(crate) const CANARY: &str = "c4n4ry";

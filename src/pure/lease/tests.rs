@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 
 use super::*;
+use crate::pure::size::size;
 
 const TTL: Duration = Duration::from_secs(15);
 
@@ -582,7 +583,7 @@ fn simulate(seed: u64, mode: [Mode; 3], lossy: bool) -> (u64, Duration) {
 
 #[test]
 fn in_a_simulation_with_stops_kills_and_lost_answers_no_two_tell() {
-    let seeds = std::env::var("LEASE_SCHEDULES").map_or(300, |n| n.parse::<u64>().unwrap());
+    let seeds = std::env::var("LEASE_SCHEDULES").map_or_else(|_| size(60, 300), |n| n.parse().unwrap());
     let (auto, on) = (Mode::Auto, Mode::On);
     let (mut n_takes, mut told) = (0, Duration::ZERO);
     let modes = [[on, on, on], [auto, auto, auto], [auto, on, auto]];
