@@ -30,7 +30,7 @@ impl Pattern {
         Pattern { wanted, unwanted, named }
     }
 
-    /// What [`Pattern::to_string`] gave; those that were named singly are not in it. `None` when it is nothing of the kind.
+    /// What was shown of a pattern; those that were named singly are not in it. `None` when it is nothing of the kind.
     pub fn parse(text: &str) -> Option<Pattern> {
         let parts = text.split(',').map(str::trim).filter(|part| !part.is_empty());
         let (unwanted, wanted): (Vec<&str>, Vec<&str>) = parts.partition(|part| part.starts_with('!'));
