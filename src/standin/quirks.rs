@@ -55,7 +55,7 @@ pub struct Quirks {
     /// `_db_updates` is open and gives signs of life, but no lines.
     pub drop_updates: bool,
     /// On 1.x a database that is looked at was closed meanwhile, as with more of them than `max_dbs_open`: its
-    /// `instance_start_time` is another one each time. But of the one that is [spared](SPARED), which is followed.
+    /// `instance_start_time` is another one each time. But of our own one, which is followed.
     pub closes_idle: bool,
     /// There is no `_dbs_info`, as on 2.0 and 2.1.
     pub no_dbs_info: bool,
