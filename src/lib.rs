@@ -11,7 +11,7 @@
 //!
 //! | part | what it is | start reading at |
 //! |---|---|---|
-//! | `pure` | every decision, without I/O, clock, threads | `flow` (one database of a webhook), `endpoint` (whom to suspect), `dispatch` (both together), `simulation` (tries to lose an event), `roster` (databases found by pattern), `lease` and `share` (several daemons) |
+//! | `pure` | every decision, without I/O, clock, threads | `flow` (one database of a webhook), `endpoint` (whom to suspect), `dispatch` (both together), `simulation` (tries to lose an event), `roster` (databases found by pattern), `remembered` (of what has no feed), `lease` and `share` (several daemons) |
 //! | `couch` | CouchDB over HTTP | `feed`, `local_docs` (marks, checkpoints), `state_db` (dead letters, records), `conflicts`, `requests` and `alive` (how commands reach a daemon), `databases` and `db_updates` (which there are, which changed), `leases`, `gate` (logins) |
 //! | `replication` | how replications are, in the place of a feed | `mod` (opened, paged, waited on), `look`; what counts is `pure::transitions` |
 //! | `pipeline` | the threads of a webhook | `dispatcher` (`found`: databases by pattern), `lookout`, `reader_pool`, `watcher` (`watch = databases`), `activation` (what `since = now` means), `desk` and `obey` (requests of commands), `replay`, `agents` (connections), `hints` (what is said of databases), `report` and `board` (how it is) |

@@ -11,9 +11,9 @@ use std::collections::BTreeMap;
 
 use http::Method;
 use serde::{Deserialize, Serialize};
-use serde_json::json;
 use serde_json::value::RawValue;
 
+use crate::couch::all_docs;
 use crate::couch::client::{Limits, Server, Written, db_path, encoded};
 use crate::couch::refusal::from_json;
 use crate::error::{Context, Kind, Result};
@@ -176,24 +176,9 @@ pub fn list_within(
     state_db: &str,
     limits: Limits,
 ) -> Result<(Vec<Daemon>, jiff::Timestamp)> {
-    #[derive(Deserialize)]
-    struct Page {
-        rows: Vec<Row>,
-    }
-    #[derive(Deserialize)]
-    struct Row {
-        doc: Option<Box<RawValue>>,
-    }
-    let query = format!(
-        "?include_docs=true&startkey={}&endkey={}",
-        encoded(&json!(PREFIX).to_string()),
-        encoded(&json!(format!("{PREFIX}~")).to_string()),
-    );
-    let path = db_path(state_db, &["_all_docs"]) + &query;
-    let reply = server.request_within(&Method::GET, &path, None, &[], limits)?;
-    let page: Page = from_json(&reply.body).context(|| format!("GET {path}"))?;
-    let daemons = page.rows.into_iter().filter_map(|row| serde_json::from_str(row.doc?.get()).ok()).collect();
-    Ok((daemons, reply.date.unwrap_or_else(sys::wall)))
+    let (rows, date) = all_docs::beginning_with::<Box<RawValue>>(server, state_db, PREFIX, None, limits)?;
+    let daemons = rows.into_iter().filter_map(|row| serde_json::from_str(row.doc?.get()).ok()).collect();
+    Ok((daemons, date.unwrap_or_else(sys::wall)))
 }
 
 /// Deletes the documents of daemons that are dead for sure.

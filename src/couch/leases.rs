@@ -16,7 +16,8 @@ use serde_json::json;
 use serde_json::value::RawValue;
 
 use crate::couch::alive::Daemon;
-use crate::couch::client::{Limits, Server, db_path, encoded};
+use crate::couch::all_docs;
+use crate::couch::client::{Limits, Server, db_path};
 use crate::couch::refusal::from_json;
 use crate::couch::state_db::found;
 use crate::error::{Context, Error, Kind, Result};
@@ -96,24 +97,8 @@ pub struct Found {
 /// # Errors
 /// As [`Server::request`].
 pub fn list(server: &Server, state_db: &str, limits: Limits) -> Result<BTreeMap<String, Found>> {
-    #[derive(Deserialize)]
-    struct Page {
-        rows: Vec<Row>,
-    }
-    #[derive(Deserialize)]
-    struct Row {
-        id: String,
-        doc: Option<Box<RawValue>>,
-    }
-    let query = format!(
-        "?include_docs=true&startkey={}&endkey={}",
-        encoded(&json!(PREFIX).to_string()),
-        encoded(&json!(format!("{PREFIX}~")).to_string()),
-    );
-    let path = db_path(state_db, &["_all_docs"]) + &query;
-    let reply = server.request_within(&Method::GET, &path, None, &[], limits)?;
-    let page: Page = from_json(&reply.body).context(|| format!("GET {path}"))?;
-    let leases = page.rows.iter().filter_map(|row| {
+    let (rows, _) = all_docs::beginning_with::<Box<RawValue>>(server, state_db, PREFIX, None, limits)?;
+    let leases = rows.iter().filter_map(|row| {
         let name = row.id.strip_prefix(PREFIX)?;
         Some((name.to_owned(), parse(row.doc.as_ref()?.get().as_bytes())?))
     });

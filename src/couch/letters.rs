@@ -7,7 +7,8 @@ use http::Method;
 use serde::Deserialize;
 use serde_json::json;
 
-use crate::couch::client::{Server, db_path, encoded};
+use crate::couch::all_docs;
+use crate::couch::client::{Server, db_path};
 use crate::couch::refusal::from_json;
 use crate::couch::requests::Letters;
 use crate::couch::state_db::{DeadLetter, DeadLetterClass, FULL_COMMIT};
@@ -76,26 +77,10 @@ pub fn page(
     filter: &Filter,
     after: Option<&str>,
 ) -> Result<(Vec<Stored>, Option<String>)> {
-    #[derive(Deserialize)]
-    struct Page {
-        rows: Vec<Row>,
-    }
-    #[derive(Deserialize)]
-    struct Row {
-        id: String,
-        doc: Option<serde_json::Value>,
-    }
-    // Ids are hex digits, which all sort before a `g`. One row over, to go on from.
-    let path = format!(
-        "{}?include_docs=true&limit={}&startkey={}&endkey={}",
-        db_path(state_db, &["_all_docs"]),
-        PAGE_ROWS + 1,
-        encoded(&json!(after.unwrap_or("msg_")).to_string()),
-        encoded("\"msg_g\""),
-    );
-    let mut page: Page = server.get_json(&path)?;
-    let next = if page.rows.len() > PAGE_ROWS { page.rows.pop().map(|row| row.id) } else { None };
-    let letters = page.rows.into_iter().filter_map(|row| stored(row.doc?));
+    // Ids are hex digits, which all sort before a `g`.
+    let range = (after.unwrap_or("msg_"), "msg_g");
+    let (rows, next) = all_docs::page(server, state_db, range, PAGE_ROWS)?;
+    let letters = rows.into_iter().filter_map(|row| stored(row.doc?));
     Ok((letters.filter(|stored| filter.wants(&stored.letter)).collect(), next))
 }
 

@@ -1,6 +1,7 @@
 //! CouchDB from the outside: requests, changes feeds, `_local` documents, and our own database.
 
 pub mod alive;
+pub mod all_docs;
 pub mod client;
 pub mod conflicts;
 pub mod databases;
@@ -13,6 +14,7 @@ pub mod local_docs;
 pub mod look_into;
 pub mod node_config;
 pub mod refusal;
+pub mod remembered;
 pub mod requests;
 pub mod roster_docs;
 pub mod scheduler;

@@ -11,7 +11,8 @@ use serde::{Deserialize, Serialize};
 use serde_json::value::RawValue;
 use serde_json::{Map, Value, json};
 
-use crate::couch::client::{Server, Written, db_path, encoded};
+use crate::couch::all_docs;
+use crate::couch::client::{Limits, Server, Written, db_path, encoded};
 use crate::couch::refusal::from_json;
 use crate::couch::state_db::{DeadLetterClass, FULL_COMMIT, found};
 use crate::error::{Context, Error, Kind, Result};
@@ -209,21 +210,14 @@ pub fn read(server: &Server, state_db: &str, id: &str) -> Result<Option<Request>
 /// # Errors
 /// As [`Server::get_json`].
 pub fn list(server: &Server, state_db: &str) -> Result<Vec<Request>> {
-    #[derive(Deserialize)]
-    struct Page {
-        rows: Vec<Row>,
-    }
-    #[derive(Deserialize)]
-    struct Row {
-        doc: Option<Box<RawValue>>,
-    }
-    let query = format!(
-        "?include_docs=true&limit={LISTED_MAX}&startkey={}&endkey={}",
-        encoded(&json!(PREFIX).to_string()),
-        encoded(&json!(format!("{PREFIX}~")).to_string()),
-    );
-    let page: Page = server.get_json(&(db_path(state_db, &["_all_docs"]) + &query))?;
-    Ok(page.rows.into_iter().filter_map(|row| Request::parse(row.doc?.get())).collect())
+    let (rows, _) = all_docs::beginning_with::<Box<RawValue>>(
+        server,
+        state_db,
+        PREFIX,
+        Some(LISTED_MAX),
+        Limits::default(),
+    )?;
+    Ok(rows.into_iter().filter_map(|row| Request::parse(row.doc?.get())).collect())
 }
 
 /// Writes what came of a request so far, unless it has its last answer already or is gone.

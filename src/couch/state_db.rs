@@ -11,6 +11,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::value::RawValue;
 use serde_json::{Map, Value, json};
 
+use crate::couch::all_docs;
 use crate::couch::client::{Reply, Server, Written, db_path, encoded};
 use crate::couch::refusal::from_json;
 use crate::error::{Context, Error, Kind, Result};
@@ -521,28 +522,11 @@ pub fn list_suspects(server: &Server, state_db: &str, webhook: &str) -> Result<V
 
 /// Gives the letters of all webhooks page by page, in the order of their ids, until `on_page` says `false`.
 fn each_page(server: &Server, state_db: &str, mut on_page: impl FnMut(Vec<Value>) -> bool) -> Result<()> {
-    #[derive(Deserialize)]
-    struct Page {
-        rows: Vec<Row>,
-    }
-    #[derive(Deserialize)]
-    struct Row {
-        id: String,
-        doc: Option<Value>,
-    }
     let mut start = "msg_".to_owned();
     loop {
-        // One row over, to go on from: ids are hex digits, which all sort before a `g`.
-        let path = format!(
-            "{}?include_docs=true&limit={}&startkey={}&endkey={}",
-            db_path(state_db, &["_all_docs"]),
-            PAGE_ROWS + 1,
-            encoded(&json!(start).to_string()),
-            encoded("\"msg_g\""),
-        );
-        let mut page: Page = server.get_json(&path)?;
-        let next = if page.rows.len() > PAGE_ROWS { page.rows.pop().map(|row| row.id) } else { None };
-        let wants_more = on_page(page.rows.into_iter().filter_map(|row| row.doc).collect());
+        // Ids are hex digits, which all sort before a `g`.
+        let (rows, next) = all_docs::page(server, state_db, (&start, "msg_g"), PAGE_ROWS)?;
+        let wants_more = on_page(rows.into_iter().filter_map(|row| row.doc).collect());
         match next {
             Some(next) if wants_more => start = next,
             _ => return Ok(()),

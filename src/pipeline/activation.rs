@@ -15,15 +15,15 @@ use crate::couch::requests::{self, Command, Progress, Request};
 use crate::couch::roster_docs;
 use crate::couch::state_db::{self, WebhookRecord};
 use crate::error::{Context, Error, Kind, Result};
+use crate::pipeline::Shared;
 use crate::pipeline::starting_points;
 use crate::pipeline::store::{change_record, list_suspects};
-use crate::pipeline::{Shared, watcher};
 use crate::pure::checkpoint::{Checkpoint, Mark};
 use crate::pure::dispatch::SuspectLetter;
 use crate::pure::message::Watch;
 use crate::pure::pattern::Pattern;
+use crate::pure::remembered;
 use crate::pure::roster::Entry;
-use crate::replication;
 use crate::sys;
 
 /// Whose this is takes the starting points of a webhook that several daemons share; no database has this name.
@@ -177,8 +177,7 @@ pub(crate) fn start_database(
     let is_at_end = webhook.since == Since::Now && opened.checkpoint_rev.is_none();
     if is_at_end {
         let through_seq = match webhook.watch {
-            Watch::Replications => replication::position_now(),
-            Watch::Databases => watcher::position_now(),
+            Watch::Replications | Watch::Databases => remembered::position_now(),
             Watch::Changes | Watch::Daemon => {
                 feed::resolve_now(server, db, generation).context(|| format!("database `{db}`"))?
             }

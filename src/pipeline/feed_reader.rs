@@ -21,9 +21,10 @@ use crate::couch::client::Generation;
 use crate::couch::conflicts;
 use crate::couch::feed::{Feed, FeedCloser, FeedEnd, FeedKind, FeedRequest};
 use crate::couch::local_docs::{self, Life};
+use crate::couch::remembered::Memory;
 use crate::error::{Error, Kind, Result};
 use crate::pipeline::Shared;
-use crate::pipeline::watcher::{Watched, Watcher, Watching};
+use crate::pipeline::watcher::{Watcher, Watching};
 use crate::pure::changes::Item;
 use crate::pure::checkpoint::{Checkpoint, Mark, Seek};
 use crate::pure::conflict;
@@ -31,8 +32,9 @@ use crate::pure::dispatch::FlowIndex;
 use crate::pure::flow::{Opened, Read, ReadFault};
 use crate::pure::format::Format;
 use crate::pure::message::{Arrived, Telling, Watch};
+use crate::pure::remembered::Waited;
 use crate::pure::seq::Seq;
-use crate::replication::{Looking, Monitor, Waited};
+use crate::replication::{Looking, Monitor};
 use crate::sys::{self, Thread};
 
 /// A feed without filter that is silent for this much longer than its `timeout` is dead.
@@ -182,29 +184,22 @@ impl Reading {
         to: &Sender<Fed>,
     ) -> Reading {
         let stopping = Arc::new(AtomicBool::new(false));
-        let monitor = (webhook.watch == Watch::Replications).then(|| {
-            let looking = Looking {
-                server: shared.server.clone(),
-                key: shared.key.clone(),
-                telling: Telling::clone(telling),
-                polling: webhook.polling,
-                seek: seek.clone(),
-                hold: Arc::clone(&shared.hold),
-                stopping: Arc::clone(&stopping),
-            };
-            Monitor::new(looking, &shared.hookd)
-        });
+        let memory = || Memory {
+            server: shared.server.clone(),
+            key: shared.key.clone(),
+            telling: Telling::clone(telling),
+            seek: seek.clone(),
+            hold: Arc::clone(&shared.hold),
+            stopping: Arc::clone(&stopping),
+        };
+        let monitor = (webhook.watch == Watch::Replications)
+            .then(|| Monitor::new(Looking { memory: memory(), polling: webhook.polling }, &shared.hookd));
         let watcher = webhook.selection.clone().map(|selection| {
             let state_db = shared.state_db.clone();
             Watcher::new(Watching {
-                server: shared.server.clone(),
-                key: shared.key.clone(),
-                telling: Telling::clone(telling),
+                memory: memory(),
                 wanted: Arc::new(move |db| selection.has(db, &state_db)),
                 lookout: Arc::clone(&shared.lookout),
-                seek: seek.clone(),
-                hold: Arc::clone(&shared.hold),
-                stopping: Arc::clone(&stopping),
             })
         });
         Reading {
@@ -459,7 +454,7 @@ impl Reading {
                 (last_seq, !rows.is_empty() && !emit(rows))
             }
             FeedKind::Continuous { timeout } => {
-                let Watched { last_seq, closed } =
+                let Waited { last_seq, closed } =
                     watcher.wait(&|| feed.take_closed(), since, timeout, &mut emit)?;
                 (last_seq, closed)
             }

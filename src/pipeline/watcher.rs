@@ -8,31 +8,23 @@
 
 use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use crossbeam_channel::{Receiver, bounded};
-use http::Method;
-use serde::Deserialize;
 
-use crate::couch::client::{Generation, Server, Welcome, Written, db_path};
+use crate::couch::client::{Generation, Welcome};
 use crate::couch::databases::{Info, Walk};
-use crate::couch::leases::Hold;
-use crate::couch::local_docs;
 use crate::couch::look_into::look_into;
-use crate::couch::refusal::from_json;
-use crate::couch::state_db::FULL_COMMIT;
-use crate::error::{Context, Error, Kind, Result};
+use crate::couch::remembered::{Memory, Revs};
+use crate::error::{Kind, Result};
 use crate::pipeline::lookout::{Lookout, Sighting};
-use crate::pure::checkpoint::{Mark, Seek, StateKey};
-use crate::pure::database_events::known::{BUCKETS, Bucket};
+use crate::pure::checkpoint::Mark;
 use crate::pure::database_events::{DatabaseEvents, telling};
-use crate::pure::message::{Arrived, Telling};
+use crate::pure::message::Arrived;
+use crate::pure::remembered::{Waited, is_now, number, position};
 use crate::pure::seq::Seq;
 use crate::sys;
 
-/// The position of a webhook that has not looked yet, and asked for what happens from now on.
-const NOW: &str = "\"now\"";
 /// Events handed over at once while waiting.
 const EVENTS_MAX: usize = 100;
 /// Sightings on their way; each is a page of databases at most.
@@ -47,22 +39,12 @@ pub type Wanted = Arc<dyn Fn(&str) -> bool + Send + Sync>;
 
 /// What is needed to watch.
 pub struct Watching {
-    /// The watched CouchDB.
-    pub server: Server,
-    /// Signs what is remembered.
-    pub key: StateKey,
-    /// What is told; its database is the one that what is remembered lies in.
-    pub telling: Telling,
+    /// What is told, and where it is remembered.
+    pub memory: Memory,
     /// Of which databases.
     pub wanted: Wanted,
     /// Who sees them.
     pub lookout: Arc<Lookout>,
-    /// Where a command has set the webhook.
-    pub seek: Option<Seek>,
-    /// Whether the webhook is ours to tell.
-    pub hold: Arc<Hold>,
-    /// Set when the thread is to end.
-    pub stopping: Arc<AtomicBool>,
 }
 
 /// One webhook's watch over databases.
@@ -76,7 +58,7 @@ struct Opened {
     machine: DatabaseEvents,
     generation: Generation,
     /// `_rev`s of the documents in which databases are remembered.
-    revs: [Option<String>; BUCKETS],
+    revs: Revs,
     sightings: Receiver<Sighting>,
     waiting: Waiting,
 }
@@ -86,23 +68,6 @@ struct Opened {
 struct Waiting {
     order: VecDeque<String>,
     fingerprints: HashMap<String, Option<u64>>,
-}
-
-/// What is remembered, and the `_rev`s that it was read with.
-type Stored = (Vec<Option<Bucket>>, [Option<String>; BUCKETS]);
-
-/// How a wait ended.
-#[derive(Debug, PartialEq)]
-pub struct Watched {
-    /// What was handed over up to here.
-    pub last_seq: Seq,
-    /// Whether we were told to end it, or there is more than is handed over at once.
-    pub closed: bool,
-}
-
-/// The position to begin at, where a webhook is to tell what happens from now on.
-pub fn position_now() -> Seq {
-    Seq::from_json(NOW).expect("a JSON text")
 }
 
 impl Watcher {
@@ -115,18 +80,18 @@ impl Watcher {
     /// what the checkpoint says.
     ///
     /// # Errors
-    /// As [`Server::request`].
+    /// As [`Memory::read`].
     pub fn open(&mut self, welcome: &Welcome, mark: Mark, through: Option<&Seq>) -> Result<()> {
         self.opened = None;
-        let is_quiet = through.is_some_and(|through| through.as_json() == NOW);
-        let (stored, revs) = self.stored(mark)?;
-        let webhook = &self.watching.telling.webhook;
+        let is_quiet = through.is_some_and(is_now);
+        let (stored, revs) = self.watching.memory.read(mark)?;
+        let webhook = &self.watching.memory.telling.webhook;
         let mut machine = DatabaseEvents::new(webhook, mark, stored, through.map_or(0, number), is_quiet);
         // Before what is there is listed: what happens meanwhile is hinted at.
         let (to, sightings) = bounded(SIGHTINGS_MAX);
         let wanted = Arc::clone(&self.watching.wanted);
         self.watching.lookout.subscribe(Box::new(move |db| wanted(db)), to)?;
-        if machine.is_first_look() {
+        if machine.remembered.is_first_look() {
             machine.on_there(self.names()?);
         }
         let generation = welcome.generation;
@@ -137,10 +102,11 @@ impl Watcher {
     /// Events behind a position that are stored, at most `limit`, and the position behind them.
     pub fn page(&mut self, since: &Seq, limit: usize) -> (Vec<Arrived>, Seq) {
         let machine = &mut self.opened_mut().machine;
-        let (events, mark) = (machine.events_after(number(since), limit), machine.mark().to_string());
-        let last = events.last().map_or_else(|| seq(number(since)), |last| seq(last.n));
-        let telling = &self.watching.telling;
-        let arrived = |n, event| Arrived { seq: Some(seq(n)), event };
+        let (events, mark) =
+            (machine.events_after(number(since), limit), machine.remembered.mark().to_string());
+        let last = position(events.last().map_or(number(since), |last| last.n));
+        let telling = &self.watching.memory.telling;
+        let arrived = |n, event| Arrived { seq: Some(position(n)), event };
         (events.iter().map(|kept| arrived(kept.n, telling::event(telling, kept, &mark))).collect(), last)
     }
 
@@ -148,14 +114,14 @@ impl Watcher {
     /// says so, or `emit`.
     ///
     /// # Errors
-    /// As [`Server::request`]; what was not stored by then is found again after the next opening.
+    /// As [`Memory::write`]; what was not stored by then is found again after the next opening.
     pub fn wait(
         &mut self,
         is_closed: &dyn Fn() -> bool,
         since: &Seq,
         timeout: Duration,
         emit: &mut dyn FnMut(Vec<Arrived>) -> bool,
-    ) -> Result<Watched> {
+    ) -> Result<Waited> {
         let until = sys::now() + timeout;
         let mut last_seq = since.clone();
         loop {
@@ -166,14 +132,14 @@ impl Watcher {
             let is_full = events.len() == EVENTS_MAX;
             last_seq = behind;
             let goes_on = events.is_empty() || emit(events);
-            if !goes_on || is_full || is_closed() || self.is_stopping() {
-                return Ok(Watched { last_seq, closed: true });
+            if !goes_on || is_full || is_closed() || self.watching.memory.is_stopping() {
+                return Ok(Waited { last_seq, closed: true });
             }
             let opened = self.opened_mut();
             if opened.waiting.order.is_empty() {
                 let left = until.saturating_duration_since(sys::now());
                 if left.is_zero() {
-                    return Ok(Watched { last_seq, closed: false });
+                    return Ok(Waited { last_seq, closed: false });
                 }
                 if let Ok(sighting) = opened.sightings.recv_timeout(left.min(END_CHECK)) {
                     self.on_sighting(sighting);
@@ -222,24 +188,28 @@ impl Watcher {
             let Some((db, fingerprint)) = self.opened_mut().waiting.next() else { return Ok(()) };
             let opened = self.opened.as_mut().expect("asked a moment ago");
             let known = opened.machine.known(&db);
-            let stopping = &self.watching.stopping;
+            let memory = &self.watching.memory;
             let pause = |duration: Duration| {
                 let until = sys::now() + duration;
-                while sys::now() < until && !stopping.load(Ordering::SeqCst) {
+                while sys::now() < until && !memory.is_stopping() {
                     sys::sleep(END_CHECK.min(duration));
                 }
             };
-            let found = look_into(&self.watching.server, opened.generation, &db, known.as_ref(), &pause);
+            let found =
+                look_into(&self.watching.memory.server, opened.generation, &db, known.as_ref(), &pause);
             match found {
                 Ok(Some(found)) => opened.machine.on_found(&db, found, fingerprint, sys::wall()),
                 Ok(None) => opened.machine.on_gone(&db, sys::wall()),
                 // Of one database alone: nothing is known of it until it may be read, and no other waits for it.
                 Err(error) if matches!(error.kind(), Kind::Forbidden | Kind::BadRequest | Kind::Server) => {
-                    log::debug!("webhook `{}`, database `{db}`: {error}", self.watching.telling.webhook);
+                    log::debug!(
+                        "webhook `{}`, database `{db}`: {error}",
+                        self.watching.memory.telling.webhook
+                    );
                 }
                 Err(error) => return Err(error.context(format!("database `{db}`"))),
             }
-            self.is_stopping_error()?;
+            self.watching.memory.check()?;
         }
         Ok(())
     }
@@ -248,8 +218,8 @@ impl Watcher {
     fn names(&self) -> Result<Vec<String>> {
         let (mut walk, mut names) = (Walk::default(), Vec::new());
         loop {
-            self.is_stopping_error()?;
-            let page = walk.next(&self.watching.server)?;
+            self.watching.memory.check()?;
+            let page = walk.next(&self.watching.memory.server)?;
             if page.is_empty() {
                 return Ok(names);
             }
@@ -257,89 +227,14 @@ impl Watcher {
         }
     }
 
-    /// Everything that is remembered in the database that bears `mark`, and the `_rev`s that it was read with.
-    fn stored(&self, mark: Mark) -> Result<Stored> {
-        #[derive(Deserialize)]
-        struct Revision {
-            #[serde(rename = "_rev")]
-            rev: Option<String>,
-        }
-        let (db, webhook) = (&self.watching.telling.db, &self.watching.telling.webhook);
-        let mut revs = [const { None }; BUCKETS];
-        let mut stored = Vec::with_capacity(BUCKETS);
-        for (index, rev) in revs.iter_mut().enumerate() {
-            self.is_stopping_error()?;
-            let id = Bucket::id(webhook, index);
-            let path = db_path(db, &["_local", &id]);
-            let reply = match self.watching.server.request(&Method::GET, &path, None, &[]) {
-                Err(error) if error.kind() == Kind::NotFound => {
-                    stored.push(None);
-                    continue;
-                }
-                reply => reply?,
-            };
-            *rev = from_json::<Revision>(&reply.body).context(|| format!("GET {path}"))?.rev;
-            let found = Bucket::from_json(&reply.body, &(db, &id), &self.watching.key).map_err(|why| {
-                log::error!(
-                    "webhook `{webhook}`: what `_local/{id}` remembers of databases is not believed ({why}); they are told \
-                     anew"
-                );
-            });
-            stored.push(found.ok().filter(|bucket| bucket.mark == mark));
-        }
-        Ok((stored, revs))
-    }
-
     /// Stores what changed; only then may it be told.
     fn store(&mut self) -> Result<()> {
-        let Watching { server, key, telling, seek, hold, stopping, .. } = &self.watching;
-        let (db, webhook) = (&telling.db, &telling.webhook);
         let opened = self.opened.as_mut().expect("it is opened before it is watched");
-        let mark = opened.machine.mark();
-        if opened.machine.dirty().is_empty() {
-            return Ok(());
-        }
-        if !local_docs::is_same(server, db, &mark, None)? {
-            // A stale `_rev` is taken by a database that was created again (CONTRACT §6).
-            return Err(Error::new(Kind::Conflict, "the database was created again meanwhile"));
-        }
-        // What is delivered need not be written again.
-        let checkpoint = local_docs::position(server, db, webhook, key, seek.as_ref())?;
-        if let Some(checkpoint) = checkpoint.filter(|checkpoint| checkpoint.mark == mark) {
-            opened.machine.on_through(number(&checkpoint.through_seq));
-        }
-        let documents = opened.machine.dirty().into_iter().map(|(index, bucket)| {
-            let id = Bucket::id(webhook, index);
-            let body = bucket.to_json(&(db, &id), key, opened.revs[index].as_deref());
-            (index, db_path(db, &["_local", &id]), body)
-        });
-        for (index, path, body) in documents.collect::<Vec<_>>() {
-            // Whoever tells after us may have begun: 2.x and 3.x take what we write over what it wrote.
-            hold.check()?;
-            if stopping.load(Ordering::SeqCst) {
-                return Err(Error::new(Kind::Stopped, "stopped"));
-            }
-            let reply = server.request(&Method::PUT, &path, Some(&body), &[FULL_COMMIT])?;
-            let written: Written = from_json(&reply.body).context(|| format!("PUT {path}"))?;
-            opened.revs[index] = Some(written.rev);
-            opened.machine.on_stored(index);
-        }
-        Ok(())
+        self.watching.memory.write(&mut opened.machine.remembered, &mut opened.revs)
     }
 
     fn opened_mut(&mut self) -> &mut Opened {
         self.opened.as_mut().expect("it is opened before it is watched")
-    }
-
-    fn is_stopping(&self) -> bool {
-        self.watching.stopping.load(Ordering::SeqCst)
-    }
-
-    fn is_stopping_error(&self) -> Result<()> {
-        match self.is_stopping() {
-            true => Err(Error::new(Kind::Stopped, "stopped")),
-            false => self.watching.hold.check(),
-        }
     }
 }
 
@@ -360,14 +255,4 @@ impl Waiting {
         let fingerprint = self.fingerprints.remove(&db).flatten();
         Some((db, fingerprint))
     }
-}
-
-/// The number in a position of ours; 0 for everything else.
-fn number(position: &Seq) -> u64 {
-    let text = position.as_since();
-    text.strip_prefix('t').and_then(|number| number.parse().ok()).unwrap_or(0)
-}
-
-fn seq(number: u64) -> Seq {
-    Seq::from_json(&format!("\"t{number}\"")).expect("a JSON text")
 }

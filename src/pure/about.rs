@@ -67,6 +67,26 @@ pub struct About {
     pub is_kept: bool,
 }
 
+impl About {
+    /// The event that says it, under this id; `doc_id` and `rev` are those of what it was read from.
+    pub fn into_event(self, id: WebhookId, doc_id: String, rev: String, read_at: Timestamp) -> Event {
+        Event {
+            id,
+            doc_id,
+            rev,
+            conflicts: Vec::new(),
+            deleted: false,
+            seq: None,
+            doc: EventDoc::Absent,
+            line: None,
+            standing: Standing::Plain,
+            conflict: None,
+            about: Some(Box::new(self)),
+            read_at,
+        }
+    }
+}
+
 /// Something that became so, to be kept.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Tell {
@@ -264,20 +284,7 @@ fn made(
     data.insert("webhook".to_owned(), json!(telling.webhook));
     let data = Value::Object(data).to_string().into_boxed_str();
     let about = About { event_type, subject, message, data, is_kept: false };
-    Event {
-        id,
-        doc_id,
-        rev,
-        conflicts: Vec::new(),
-        deleted: false,
-        seq: None,
-        doc: EventDoc::Absent,
-        line: None,
-        standing: Standing::Plain,
-        conflict: None,
-        about: Some(Box::new(about)),
-        read_at: at,
-    }
+    about.into_event(id, doc_id, rev, at)
 }
 
 #[cfg(test)]

@@ -1,8 +1,8 @@
 //! What is told of databases themselves, that they came, changed or went, and what is remembered of them.
 //!
 //! The shell hears of databases by the lookout. It looks into those that [`DatabaseEvents::on_seen`] or a hint names and
-//! says what it found ([`DatabaseEvents::on_found`], [`DatabaseEvents::on_gone`]); then it stores the documents that
-//! [`DatabaseEvents::dirty`] names, and only then sends what [`DatabaseEvents::events_after`] gives.
+//! says what it found ([`DatabaseEvents::on_found`], [`DatabaseEvents::on_gone`]); then it stores what is remembered, and
+//! only then sends what [`DatabaseEvents::events_after`] gives.
 //!
 //! Guarantees that what happened is remembered together with its event, so that a kill loses neither; that a number once
 //! given to an event is never given to another (`webhook-id`s are made of it); and that what waits for an endpoint that
@@ -19,9 +19,9 @@ use jiff::Timestamp;
 use serde::Serialize;
 
 use crate::pure::checkpoint::Mark;
-use crate::pure::database_events::known::{BUCKETS, Bucket, Known, bucket_of};
+use crate::pure::database_events::known::Known;
+use crate::pure::remembered::{Bucket, Kept, Remembered};
 use crate::pure::seq::Seq;
-use crate::pure::transitions::known::Kept;
 
 /// It appeared. What it held by then is part of that, and not told on its own.
 pub const CREATED: &str = "database.created";
@@ -67,18 +67,10 @@ struct Data<'a> {
 #[derive(Debug)]
 pub struct DatabaseEvents {
     webhook: String,
-    mark: Mark,
-    buckets: Vec<Bucket>,
-    dirty: Vec<bool>,
-    /// By bucket the lowest number that was taken back since it was stored: it is still there.
-    taken_back: Vec<Option<u64>>,
-    /// Buckets that were never stored: what there is of them at the first look is known, not told.
-    is_quiet: Vec<bool>,
+    /// By name. Told is all that is found after the first look, which lists what was there when the webhook first started.
+    pub remembered: Remembered<Known>,
     /// Seen since the walk under way began.
     seen: BTreeSet<String>,
-    last: u64,
-    /// Events up to here are delivered, or dead letters.
-    through: u64,
     /// Events up to here may be on their way.
     handed: u64,
 }
@@ -89,77 +81,52 @@ impl DatabaseEvents {
     pub fn new(
         webhook: &str,
         mark: Mark,
-        stored: Vec<Option<Bucket>>,
+        stored: Vec<Option<Bucket<Known>>>,
         through: u64,
         is_quiet: bool,
     ) -> DatabaseEvents {
-        assert_eq!(stored.len(), BUCKETS, "one for each document");
-        let is_quiet: Vec<bool> = stored.iter().map(|stored| stored.is_none() && is_quiet).collect();
-        let buckets: Vec<Bucket> =
-            stored.into_iter().map(|stored| stored.unwrap_or_else(|| Bucket::new(mark))).collect();
-        let last = buckets.iter().map(|bucket| bucket.last).max().unwrap_or(0).max(through);
-        DatabaseEvents {
-            webhook: webhook.to_owned(),
-            mark,
-            buckets,
-            dirty: vec![false; BUCKETS],
-            taken_back: vec![None; BUCKETS],
-            is_quiet,
-            seen: BTreeSet::new(),
-            last,
-            through,
-            // An earlier life of ours may have sent any of them.
-            handed: last,
-        }
-    }
-
-    /// Whether it is not known yet what was there at the first start: list it, and call [`DatabaseEvents::on_there`].
-    pub fn is_first_look(&self) -> bool {
-        self.is_quiet.contains(&true)
+        let remembered = Remembered::new(mark, stored, through, is_quiet);
+        // An earlier life of ours may have sent any of them.
+        let handed = remembered.last();
+        DatabaseEvents { webhook: webhook.to_owned(), remembered, seen: BTreeSet::new(), handed }
     }
 
     /// What was there at the first start, all of it. What comes later is told.
     pub fn on_there(&mut self, names: impl IntoIterator<Item = String>) {
         for name in names {
-            let bucket = bucket_of(&name);
-            if self.is_quiet[bucket] {
-                self.buckets[bucket].databases.entry(name).or_default();
+            if self.remembered.is_quiet(&name) && self.remembered.known(&name).is_none() {
+                self.remembered.insert(&name, Known::default());
             }
         }
-        for (quiet, dirty) in self.is_quiet.iter_mut().zip(&mut self.dirty) {
-            *dirty |= std::mem::take(quiet);
-        }
+        self.remembered.end_first_look();
     }
 
     /// What is known of a database that was looked into: its mark, and the end of its changes then.
     pub fn known(&self, db: &str) -> Option<(Mark, Seq)> {
-        let known = self.buckets[bucket_of(db)].databases.get(db)?;
+        let known = self.remembered.known(db)?;
         Some((known.mark?, known.through()?))
     }
 
     /// A walk has come across a database; whether it is to be looked into.
     pub fn on_seen(&mut self, db: &str, fingerprint: u64) -> bool {
         self.seen.insert(db.to_owned());
-        let known = self.buckets[bucket_of(db)].databases.get(db);
-        known.is_none_or(|known| !known.clean.contains(&fingerprint))
+        self.remembered.known(db).is_none_or(|known| !known.clean.contains(&fingerprint))
     }
 
     /// CouchDB tells that something happened to a database. Where that cannot be seen by a look, the hint is believed: of
     /// one that was there at the first start what was written before the first look is not behind its place.
     pub fn on_hinted(&mut self, db: &str) {
-        let bucket = bucket_of(db);
-        let Some(known) = self.buckets[bucket].databases.get_mut(db) else { return };
+        let Some(known) = self.remembered.known(db) else { return };
         if (known.mark.is_none() || known.is_fresh) && !known.is_hinted {
-            known.is_hinted = true;
-            self.dirty[bucket] = true;
+            let known = Known { is_hinted: true, ..known.clone() };
+            self.remembered.insert(db, known);
         }
     }
 
     /// A database was looked into after `fingerprint` was seen of it, if it was a walk that led there.
     pub fn on_found(&mut self, db: &str, found: Found, fingerprint: Option<u64>, at: Timestamp) {
-        let bucket = bucket_of(db);
         self.seen.insert(db.to_owned());
-        let before = self.buckets[bucket].databases.get(db).cloned();
+        let before = self.remembered.known(db).cloned();
         let next = Known::after(before.as_ref(), &found, fingerprint);
         match &before {
             None => self.tell(db, CREATED, at, None),
@@ -177,16 +144,13 @@ impl DatabaseEvents {
             Some(_) => {}
         }
         if before.as_ref() != Some(&next) {
-            self.buckets[bucket].databases.insert(db.to_owned(), next);
-            self.dirty[bucket] = true;
+            self.remembered.insert(db, next);
         }
     }
 
     /// CouchDB answers 404 for this database.
     pub fn on_gone(&mut self, db: &str, at: Timestamp) {
-        let bucket = bucket_of(db);
-        if self.buckets[bucket].databases.remove(db).is_some() {
-            self.dirty[bucket] = true;
+        if self.remembered.remove(db).is_some() {
             self.tell(db, DELETED, at, None);
         }
     }
@@ -194,93 +158,44 @@ impl DatabaseEvents {
     /// A walk has come to its end. Gives the known databases that it did not come across: they may be gone.
     pub fn on_swept(&mut self) -> Vec<String> {
         let seen = std::mem::take(&mut self.seen);
-        let known = self.buckets.iter().flat_map(|bucket| bucket.databases.keys());
-        known.filter(|db| !seen.contains(*db)).cloned().collect()
+        let known = self.remembered.all().map(|(db, _)| db);
+        known.filter(|db| !seen.contains(*db)).map(str::to_owned).collect()
     }
 
     /// Numbers an event and keeps it; what waits of the same database and is part of it need not be told any more.
     fn tell(&mut self, db: &str, event_type: &str, at: Timestamp, ddoc: Option<&str>) {
-        let handed = self.handed;
-        let bucket = &mut self.buckets[bucket_of(db)];
-        let waits = |kept: &Kept| kept.n > handed && kept.key == db;
         let data = Data { webhook: &self.webhook, db, id: ddoc };
         let data = serde_json::to_string(&data).expect("texts are always JSON");
-        let mut event_type = event_type;
-        if matches!(event_type, UPDATED | DDOC_UPDATED) {
-            let is_same = |kept: &Kept| waits(kept) && kept.event_type == event_type && kept.data == data;
-            if bucket.events.iter().any(is_same) {
-                return;
+        let handed = self.handed;
+        let waiting = || self.remembered.events_of(db).filter(move |kept| kept.n > handed);
+        if is_update(event_type) {
+            if !waiting().any(|kept| kept.event_type == event_type && kept.data == data) {
+                self.remembered.keep(db, event_type, at, data);
             }
-        } else {
-            let comes =
-                |kept: &&Kept| waits(kept) && !matches!(kept.event_type.as_str(), UPDATED | DDOC_UPDATED);
-            let waiting = bucket.events.iter().rfind(comes).map(|kept| kept.event_type.clone());
-            event_type = match (waiting.as_deref(), event_type) {
-                // What nobody heard of coming has come, however often.
-                (Some(CREATED), RECREATED) => CREATED,
-                (Some(DELETED), CREATED) => RECREATED,
-                (_, event_type) => event_type,
-            };
-            let lowest = bucket.events.iter().find(|kept| waits(kept)).map(|kept| kept.n);
-            let taken_back = &mut self.taken_back[bucket_of(db)];
-            *taken_back = taken_back.or(lowest);
-            bucket.events.retain(|kept| !waits(kept));
-            if (waiting.as_deref(), event_type) == (Some(CREATED), DELETED) {
-                // Nobody heard of it: nobody needs to know that it is gone.
-                return;
-            }
+            return;
         }
-        self.last += 1;
-        bucket.last = self.last;
-        let event_type = event_type.to_owned();
-        bucket.events.push(Kept { n: self.last, key: db.to_owned(), event_type, at, data });
-        self.dirty[bucket_of(db)] = true;
-    }
-
-    /// The documents to be stored before anything is sent.
-    pub fn dirty(&mut self) -> Vec<(usize, &Bucket)> {
-        let through = self.through;
-        let all = self.buckets.iter_mut().enumerate().filter(|(index, _)| self.dirty[*index]);
-        all.map(|(index, bucket)| {
-            bucket.events.retain(|kept| kept.n > through);
-            (index, &*bucket)
-        })
-        .collect()
-    }
-
-    /// One of them is stored.
-    pub fn on_stored(&mut self, index: usize) {
-        (self.dirty[index], self.taken_back[index]) = (false, None);
-    }
-
-    /// Events up to this number are delivered, or dead letters.
-    pub fn on_through(&mut self, through: u64) {
-        self.through = self.through.max(through);
+        let comes = waiting().rfind(|kept| !is_update(&kept.event_type)).map(|kept| kept.event_type.clone());
+        self.remembered.take_back(db, handed);
+        let event_type = match (comes.as_deref(), event_type) {
+            // Nobody heard of it: nobody needs to know that it is gone, and if it came again, it came.
+            (Some(CREATED), DELETED) => return,
+            (Some(CREATED), RECREATED) => CREATED,
+            (Some(DELETED), CREATED) => RECREATED,
+            (_, event_type) => event_type,
+        };
+        self.remembered.keep(db, event_type, at, data);
     }
 
     /// Stored events behind a number, at most so many, in order. They count as sent from now on.
     pub fn events_after(&mut self, after: u64, n_max: usize) -> Vec<Kept> {
-        let stored = self.buckets.iter().zip(&self.dirty).filter(|(_, dirty)| !**dirty);
-        let mut events: Vec<&Kept> =
-            stored.flat_map(|(bucket, _)| &bucket.events).filter(|kept| kept.n > after).collect();
-        events.sort_by_key(|kept| kept.n);
-        // Nothing is sent before what came earlier and is not stored yet, or is stored and was taken back: a kill would
-        // bring it back, and it would count as sent.
-        let unstored = self.buckets.iter().zip(&self.dirty).filter(|(_, dirty)| **dirty);
-        let unstored = unstored.flat_map(|(bucket, _)| &bucket.events).map(|kept| kept.n);
-        let taken_back = self.taken_back.iter().flatten().copied();
-        let first = unstored.chain(taken_back).filter(|n| *n > after).min();
-        events.retain(|kept| first.is_none_or(|first| kept.n < first));
-        events.truncate(n_max);
-        let events: Vec<Kept> = events.into_iter().cloned().collect();
+        let events: Vec<Kept> = self.remembered.events_after(after, n_max).into_iter().cloned().collect();
         self.handed = events.last().map_or(self.handed, |last| self.handed.max(last.n));
         events
     }
+}
 
-    /// The database that what is remembered lies in.
-    pub fn mark(&self) -> Mark {
-        self.mark
-    }
+fn is_update(event_type: &str) -> bool {
+    matches!(event_type, UPDATED | DDOC_UPDATED)
 }
 
 impl Known {

@@ -27,6 +27,7 @@ pub mod os_daemon;
 pub mod pattern;
 pub mod rate;
 pub mod redact;
+pub mod remembered;
 pub mod rendezvous;
 pub mod rep_doc;
 pub mod rep_error;

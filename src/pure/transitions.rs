@@ -1,8 +1,8 @@
 //! Which changes of a replication's state are told, and what is remembered of them.
 //!
 //! The shell polls: [`Transitions::begin_poll`], a row for each replication with [`Transitions::on_row`], then
-//! [`Transitions::end_poll`]; for each [`Told`] it gathers the details and calls [`Transitions::keep`]; then it stores
-//! the documents that [`Transitions::dirty`] names, and only then sends the events.
+//! [`Transitions::end_poll`]; for each [`Told`] it gathers the details and calls [`Transitions::keep`]; then it stores what
+//! is remembered, and only then sends the events.
 //!
 //! Guarantees (issue: damping and truth): a state counts when it was seen in `confirm_polls` polls in a row, a terminal
 //! one at once; a row that is missing says nothing, only [`Transitions::on_gone`] does; what did not change since it was
@@ -19,8 +19,9 @@ use jiff::Timestamp;
 
 use crate::pure::checkpoint::Mark;
 use crate::pure::lag;
+use crate::pure::remembered::{Bucket, Remembered};
 use crate::pure::replication::{Progress, Row, State};
-use crate::pure::transitions::known::{BUCKETS, Bucket, Kept, Known, TRANSIENT, bucket_of};
+use crate::pure::transitions::known::{Known, TRANSIENT};
 
 /// Running or completed again after trouble.
 pub const RECOVERED: &str = "replication.recovered";
@@ -113,17 +114,11 @@ struct Seen {
 #[derive(Debug)]
 pub struct Transitions {
     settings: Settings,
-    mark: Mark,
-    buckets: Vec<Bucket>,
-    /// The first look at a database that was there when the webhook first started with `since = now`: what is found
-    /// there is known, not told.
-    is_quiet: Vec<bool>,
-    dirty: Vec<bool>,
+    /// By id of its document, or [`TRANSIENT`] and its own. First looked at is a database that was there when the webhook
+    /// first started with `since = now`.
+    pub remembered: Remembered<Known>,
     seen: HashMap<String, Seen>,
     poll: u64,
-    last: u64,
-    /// Events up to here are delivered, or dead letters.
-    through: u64,
 }
 
 impl Transitions {
@@ -132,43 +127,22 @@ impl Transitions {
     pub fn new(
         settings: Settings,
         mark: Mark,
-        stored: Vec<Option<Bucket>>,
+        stored: Vec<Option<Bucket<Known>>>,
         through: u64,
         is_quiet: bool,
     ) -> Transitions {
-        assert_eq!(stored.len(), BUCKETS, "one for each document");
-        let unknown: Vec<bool> = stored.iter().map(Option::is_none).collect();
-        let buckets: Vec<Bucket> =
-            stored.into_iter().map(|stored| stored.unwrap_or_else(|| Bucket::new(mark))).collect();
-        let last = buckets.iter().map(|bucket| bucket.last).max().unwrap_or(0).max(through);
-        Transitions {
-            settings,
-            mark,
-            buckets,
-            // Written once, so that it is known that they were looked at.
-            dirty: unknown.iter().map(|unknown| *unknown && is_quiet).collect(),
-            is_quiet: unknown.into_iter().map(|unknown| unknown && is_quiet).collect(),
-            seen: HashMap::new(),
-            poll: 0,
-            last,
-            through,
-        }
-    }
-
-    /// The database that this is about.
-    pub fn mark(&self) -> Mark {
-        self.mark
+        let remembered = Remembered::new(mark, stored, through, is_quiet);
+        Transitions { settings, remembered, seen: HashMap::new(), poll: 0 }
     }
 
     /// Whether something is remembered of this replication.
     pub fn is_known(&self, key: &str) -> bool {
-        self.buckets[bucket_of(key)].replications.contains_key(key)
+        self.remembered.known(key).is_some()
     }
 
     /// Ids of all documents that something is remembered of.
     pub fn known_keys(&self) -> impl Iterator<Item = &str> {
-        let all = self.buckets.iter().flat_map(|bucket| bucket.replications.keys());
-        all.map(String::as_str).filter(|key| !key.starts_with(TRANSIENT))
+        self.remembered.all().map(|(key, _)| key).filter(|key| !key.starts_with(TRANSIENT))
     }
 
     /// A look at everything begins.
@@ -184,12 +158,9 @@ impl Transitions {
         }
         (seen.poll, seen.n_missing) = (self.poll, 0);
         seen.on_progress(row, now);
-        let bucket = bucket_of(key);
-        let quiet = self.is_quiet[bucket];
-        let replications = &mut self.buckets[bucket].replications;
-        let known = replications.get(key);
+        let known = self.remembered.known(key);
         let ended_at = row.last_updated.filter(|_| row.state.is_terminal());
-        if known.map_or(quiet, |known| known.was_there) {
+        if known.map_or(self.remembered.is_quiet(key), |known| known.was_there) {
             let found = Known {
                 state: Some(row.state),
                 was_there: false,
@@ -198,8 +169,7 @@ impl Transitions {
                 write_failures: write_failures(row),
                 ..known.cloned().unwrap_or_default()
             };
-            replications.insert(key.to_owned(), found);
-            self.dirty[bucket] = true;
+            self.remembered.insert(key, found);
             return Vec::new();
         }
         let mut next = known.cloned().unwrap_or_default();
@@ -207,8 +177,7 @@ impl Transitions {
         let previous = known.and_then(|known| known.state);
         // What is not known yet becomes so with its first event.
         if known.map_or(!event_types.is_empty(), |known| *known != next) {
-            replications.insert(key.to_owned(), next);
-            self.dirty[bucket] = true;
+            self.remembered.insert(key, next);
         }
         let told = |event_type| Told { key: key.to_owned(), event_type, state: Some(row.state), previous };
         event_types.into_iter().map(told).collect()
@@ -228,55 +197,43 @@ impl Transitions {
             }
         }
         // Those that were started by `_replicate` and may have ended while we were away.
-        for key in self.buckets.iter().flat_map(|bucket| bucket.replications.keys()) {
+        for (key, _) in self.remembered.all() {
             if key.starts_with(TRANSIENT) && !self.seen.contains_key(key) {
-                self.seen.insert(key.clone(), Seen { n_missing: 1, ..Seen::default() });
+                self.seen.insert(key.to_owned(), Seen { n_missing: 1, ..Seen::default() });
             }
         }
-        self.is_quiet.fill(false);
+        self.remembered.end_first_look();
         gone.sort();
         gone.iter().filter_map(|key| self.on_gone(key)).collect()
     }
 
     /// A document is there. While a database is looked at for the first time, it is known from now on.
     pub fn on_document(&mut self, key: &str) {
-        let bucket = bucket_of(key);
-        if self.is_quiet[bucket] && !self.is_known(key) {
-            let known = Known { was_there: true, ..Known::default() };
-            self.buckets[bucket].replications.insert(key.to_owned(), known);
-            self.dirty[bucket] = true;
+        if self.remembered.is_quiet(key) && !self.is_known(key) {
+            self.remembered.insert(key, Known { was_there: true, ..Known::default() });
         }
-    }
-
-    /// Whether its database is looked at for the first time: then nothing may be stored before all of it was seen.
-    pub fn is_first_look(&self) -> bool {
-        self.is_quiet.iter().any(|quiet| *quiet)
     }
 
     /// Its document answers 404, or is deleted.
     pub fn on_gone(&mut self, key: &str) -> Option<Told> {
         self.seen.remove(key);
-        let bucket = bucket_of(key);
-        let known = self.buckets[bucket].replications.remove(key)?;
-        self.dirty[bucket] = true;
+        let known = self.remembered.remove(key)?;
         Some(Told { key: key.to_owned(), event_type: REMOVED, state: None, previous: known.state })
     }
 
     /// What was found in a document, by the fingerprint of what a person wrote in it: whether it can work.
     pub fn on_checked(&mut self, key: &str, fingerprint: u64, is_invalid: bool) -> Option<Told> {
-        let bucket = bucket_of(key);
-        let quiet = self.is_quiet[bucket];
-        let replications = &mut self.buckets[bucket].replications;
-        let was = replications.get(key).and_then(|known| known.invalid);
+        let quiet = self.remembered.is_quiet(key);
+        let known = self.remembered.known(key);
+        let was = known.and_then(|known| known.invalid);
         let is = is_invalid.then_some(fingerprint);
         if was == is {
             return None;
         }
         let new = || Known { was_there: quiet, ..Known::default() };
-        let known = replications.entry(key.to_owned()).or_insert_with(new);
-        known.invalid = is;
+        let known = Known { invalid: is, ..known.cloned().unwrap_or_else(new) };
         let state = known.state;
-        self.dirty[bucket] = true;
+        self.remembered.insert(key, known);
         let told = Told { key: key.to_owned(), event_type: INVALID, state, previous: state };
         (is_invalid && !quiet).then_some(told)
     }
@@ -287,7 +244,7 @@ impl Transitions {
         let (n_max, after) = self.settings.retry_failed?;
         let due = |key: &&String| {
             let seen = &self.seen[*key];
-            let known = self.buckets[bucket_of(key)].replications.get(*key);
+            let known = self.remembered.known(key);
             seen.failed_since.is_some_and(|(since, _)| now >= since + after)
                 && known.is_some_and(|known| {
                     let (n, last) = known.resubmitted.unwrap_or((0, None));
@@ -297,89 +254,31 @@ impl Transitions {
                 })
         };
         let key = self.seen.keys().filter(|key| !key.starts_with(TRANSIENT)).filter(due).min()?.clone();
-        let bucket = bucket_of(&key);
-        let known = self.buckets[bucket].replications.get_mut(&key).expect("found above");
-        known.resubmitted = Some((known.resubmitted.map_or(0, |(n, _)| n) + 1, known.ended_at));
-        self.dirty[bucket] = true;
-        let state = known.state;
+        let known = self.remembered.known(&key).expect("found above");
+        let resubmitted = Some((known.resubmitted.map_or(0, |(n, _)| n) + 1, known.ended_at));
+        let (state, known) = (known.state, Known { resubmitted, ..known.clone() });
+        self.remembered.insert(&key, known);
         Some(Told { key, event_type: RESUBMITTED, state, previous: state })
     }
 
     /// Those that are to be saved again: counted as submitted, and still failed with the same end.
     pub fn resubmitted(&self) -> Vec<String> {
-        let all = self.buckets.iter().flat_map(|bucket| &bucket.replications);
-        let still = all.filter(|(key, known)| {
+        let still = self.remembered.all().filter(|(key, known)| {
             known.state == Some(State::Failed)
                 && known.resubmitted.is_some_and(|(_, after)| after == known.ended_at)
                 && self.seen.get(*key).is_some_and(|seen| seen.failed_since.is_some())
         });
-        still.map(|(key, _)| key.clone()).collect()
+        still.map(|(key, _)| key.to_owned()).collect()
     }
 
     /// How often a replication was submitted again since it last went well.
     pub fn n_resubmissions(&self, key: &str) -> u32 {
-        let known = self.buckets[bucket_of(key)].replications.get(key);
-        known.and_then(|known| known.resubmitted).map_or(0, |(n, _)| n)
+        self.remembered.known(key).and_then(|known| known.resubmitted).map_or(0, |(n, _)| n)
     }
 
     /// Something told becomes an event, with the next number. Stored with the next write of its document.
     pub fn keep(&mut self, told: &Told, at: Timestamp, data: String) {
-        self.last += 1;
-        let bucket = bucket_of(&told.key);
-        self.dirty[bucket] = true;
-        let bucket = &mut self.buckets[bucket];
-        bucket.last = self.last;
-        bucket.events.push(Kept {
-            n: self.last,
-            key: told.key.clone(),
-            event_type: told.event_type.to_owned(),
-            at,
-            data,
-        });
-    }
-
-    /// Documents to be stored before anything of this poll is told.
-    pub fn dirty(&mut self) -> Vec<(usize, &Bucket)> {
-        let through = self.through;
-        let dirty = self.dirty.iter().enumerate().filter(|(_, dirty)| **dirty).map(|(index, _)| index);
-        let dirty: Vec<usize> = dirty.collect();
-        for index in &dirty {
-            self.buckets[*index].events.retain(|event| event.n > through);
-        }
-        dirty.into_iter().map(|index| (index, &self.buckets[index])).collect()
-    }
-
-    /// One of them is stored.
-    pub fn on_stored(&mut self, index: usize) {
-        self.dirty[index] = false;
-    }
-
-    /// Events up to this number are delivered, or dead letters, and that is stored.
-    pub fn on_through(&mut self, through: u64) {
-        self.through = self.through.max(through);
-        for bucket in &mut self.buckets {
-            bucket.events.retain(|event| event.n > through);
-        }
-    }
-
-    /// Stored events behind a number, in their order, at most `n_max`; none behind one that is not stored, or the
-    /// position would pass that one.
-    pub fn events_after(&self, after: u64, n_max: usize) -> Vec<&Kept> {
-        let of = |is_dirty: bool| {
-            let buckets = self.buckets.iter().zip(&self.dirty).filter(move |(_, dirty)| **dirty == is_dirty);
-            buckets.flat_map(|(bucket, _)| &bucket.events).filter(move |event| event.n > after)
-        };
-        let first_not_stored = of(true).map(|event| event.n).min();
-        let is_before = |event: &&Kept| first_not_stored.is_none_or(|first| event.n < first);
-        let mut found: Vec<&Kept> = of(false).filter(is_before).collect();
-        found.sort_unstable_by_key(|event| event.n);
-        found.truncate(n_max);
-        found
-    }
-
-    /// The highest number given so far.
-    pub fn last(&self) -> u64 {
-        self.last
+        self.remembered.keep(&told.key, told.event_type, at, data);
     }
 }
 

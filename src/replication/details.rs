@@ -22,8 +22,8 @@ impl Monitor {
     /// Makes events of what is to be told and wanted.
     pub(super) fn keep(&mut self, news: Vec<News>) -> Result<()> {
         for (at, news) in news.into_iter().enumerate() {
-            self.is_stopping()?;
-            if !self.looking.telling.wants_type(news.told.event_type) {
+            self.looking.memory.check()?;
+            if !self.looking.memory.telling.wants_type(news.told.event_type) {
                 continue;
             }
             let details = match at < LOOK_UPS_MAX {
@@ -32,14 +32,14 @@ impl Monitor {
             };
             let details = Details { findings: news.findings.clone(), ..details };
             let at = telling::at(&details, sys::wall());
-            let data = telling::data(&self.looking.telling, &news.told, &details);
+            let data = telling::data(&self.looking.memory.telling, &news.told, &details);
             self.opened_mut().machine.keep(&news.told, at, data);
         }
         Ok(())
     }
 
     fn look_up<'a>(&self, news: &'a News) -> Details<'a> {
-        let (server, db) = (&self.looking.server, &self.looking.telling.db);
+        let (server, db) = (&self.looking.memory.server, &self.looking.memory.telling.db);
         let mut details = Details {
             row: news.row.as_ref(),
             job: news.job.clone(),
@@ -66,7 +66,7 @@ impl Monitor {
     }
 
     fn look_up_lag(&self, details: &mut Details<'_>, row: &Row, id: &str) {
-        let server = &self.looking.server;
+        let server = &self.looking.memory.server;
         let here = |end: &Option<String>| end.as_deref().and_then(|end| self.here.db(end));
         let (source, target) = (here(&row.source), here(&row.target));
         let read = |db: &String| scheduler::checkpoint(server, db, id).ok().flatten();
@@ -84,13 +84,14 @@ impl Monitor {
 
     /// Saves failed replications again that are counted as submitted; what cannot be saved is tried at the next look.
     pub(super) fn resubmit(&mut self) {
-        let (server, db) = (&self.looking.server, &self.looking.telling.db);
+        let (server, db) = (&self.looking.memory.server, &self.looking.memory.telling.db);
         let is_failed = |document: &Value| document["_replication_state"] == State::Failed.as_str();
         for key in self.opened().machine.resubmitted() {
-            if self.is_stopping().is_err() {
+            if self.looking.memory.check().is_err() {
                 return;
             }
-            let place = format!("webhook `{}`, replication `{key}` of `{db}`", self.looking.telling.webhook);
+            let place =
+                format!("webhook `{}`, replication `{key}` of `{db}`", self.looking.memory.telling.webhook);
             let saved = match scheduler::document(server, db, &key) {
                 // Somebody was first.
                 Ok(document) if !document.as_ref().is_some_and(is_failed) => continue,

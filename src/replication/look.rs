@@ -44,7 +44,7 @@ impl Monitor {
     /// Whether this CouchDB has `_scheduler`.
     pub(super) fn has_scheduler(&self) -> Result<bool> {
         let page: Result<Page<Row>> =
-            scheduler::docs_page(&self.looking.server, Some(&self.looking.telling.db), 0, 1);
+            scheduler::docs_page(&self.looking.memory.server, Some(&self.looking.memory.telling.db), 0, 1);
         match page {
             Ok(_) => Ok(true),
             // 2.0: no such handler, so it is taken for a database's name.
@@ -67,7 +67,9 @@ impl Monitor {
         // What was seen before a page failed counts, but for the first look; when we are stopped, not everything that
         // follows from a row is kept by then.
         match looked {
-            Err(error) if self.opened().machine.is_first_look() || error.kind() == Kind::Stopped => {
+            Err(error)
+                if self.opened().machine.remembered.is_first_look() || error.kind() == Kind::Stopped =>
+            {
                 return Err(error);
             }
             Err(error) => {
@@ -88,12 +90,12 @@ impl Monitor {
     }
 
     fn look_at_scheduler(&mut self) -> Result<()> {
-        let server = self.looking.server.clone();
-        let db = self.looking.telling.db.clone();
+        let server = self.looking.memory.server.clone();
+        let db = self.looking.memory.telling.db.clone();
         let mut runs = None;
         let mut failure = None;
         scheduler::all(|skip, limit| scheduler::docs_page(&server, Some(&db), skip, limit), &mut |rows| {
-            let seen = self.is_stopping().and_then(|()| self.on_rows(rows, &mut runs));
+            let seen = self.looking.memory.check().and_then(|()| self.on_rows(rows, &mut runs));
             failure = seen.err();
             failure.is_none()
         })?;
@@ -107,7 +109,7 @@ impl Monitor {
         let mut failure = None;
         scheduler::all(|skip, limit| scheduler::jobs_page(&server, skip, limit), &mut |jobs| {
             let jobs = jobs.into_iter().filter(|job: &Job| job.database.is_none() && job.doc_id.is_none());
-            let seen = self.is_stopping().and_then(|()| self.on_jobs(jobs.collect()));
+            let seen = self.looking.memory.check().and_then(|()| self.on_jobs(jobs.collect()));
             failure = seen.err();
             failure.is_none()
         })?;
@@ -143,7 +145,7 @@ impl Monitor {
     /// 2.x says what a replication has done only in `_active_tasks`; asked once a look, when something needs it.
     fn add_progress(&self, row: &mut Row, runs: &mut Option<HashMap<String, Progress>>) -> Result<()> {
         if runs.is_none() {
-            let tasks = scheduler::tasks(&self.looking.server)?;
+            let tasks = scheduler::tasks(&self.looking.memory.server)?;
             *runs =
                 Some(tasks.into_iter().map(|task| (id_of(&task.replication_id), task.progress())).collect());
         }
@@ -186,7 +188,9 @@ impl Monitor {
         let missing: Vec<String> = missing.map(str::to_owned).collect();
         for key in missing {
             // The feed of a lagging node may not show it yet.
-            if scheduler::document(&self.looking.server, &self.looking.telling.db, &key)?.is_none() {
+            if scheduler::document(&self.looking.memory.server, &self.looking.memory.telling.db, &key)?
+                .is_none()
+            {
                 let gone = self.opened_mut().machine.on_gone(&key);
                 self.keep(gone.into_iter().map(News::of).collect())?;
             }
@@ -208,7 +212,7 @@ impl Monitor {
             FeedKind::Page { .. } => Duration::from_secs(60),
         };
         let request = FeedRequest {
-            db: self.looking.telling.db.clone(),
+            db: self.looking.memory.telling.db.clone(),
             since: self.opened().since.clone(),
             kind,
             filter: None,
@@ -284,7 +288,7 @@ impl Monitor {
         let findings = rep_doc::check(&members, self.opened().version, Origin::Stored);
         let is_invalid = findings.iter().any(Finding::is_error);
         // Keyed: it is stored, and made of the passwords in the document, too.
-        let fingerprint = self.looking.key.number(rep_doc::fingerprint(&members));
+        let fingerprint = self.looking.memory.key.number(rep_doc::fingerprint(&members));
         let told = self.opened_mut().machine.on_checked(key, fingerprint, is_invalid);
         let Some(told) = told else { return Ok(()) };
         let findings = serde_json::to_value(&findings).ok();

@@ -8,30 +8,25 @@
 
 mod details;
 mod look;
-mod store;
 
 use std::collections::{BTreeMap, HashSet};
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use crate::config::{self, Polling};
-use crate::couch::client::{Generation, Server, Welcome};
+use crate::couch::client::{Generation, Welcome};
 use crate::couch::feed::Feed;
-use crate::couch::leases::Hold;
-use crate::error::{Error, Kind, Result};
-use crate::pure::checkpoint::{Mark, Seek, StateKey};
+use crate::couch::remembered::{Memory, Revs};
+use crate::error::{Kind, Result};
+use crate::pure::checkpoint::Mark;
 use crate::pure::lag::Here;
-use crate::pure::message::{Arrived, Telling};
+use crate::pure::message::Arrived;
+use crate::pure::remembered::{Waited, is_now, number, position, position_now};
 use crate::pure::rep_doc::Version;
 use crate::pure::replication::Row;
 use crate::pure::seq::Seq;
-use crate::pure::transitions::known::BUCKETS;
 use crate::pure::transitions::{Transitions, telling};
 use crate::sys;
 
-/// The position of a webhook that has not looked yet, and asked for what happens from now on.
-const NOW: &str = "\"now\"";
 /// Events handed over at once while waiting; with more the pipeline takes pages, as large as it has room for.
 const EVENTS_MAX: usize = 100;
 /// Between two looks, whatever wakes us: a replicator database may be written a hundred times a second.
@@ -39,27 +34,12 @@ const LOOK_GAP: Duration = Duration::from_secs(1);
 /// Looks in a row that may fail by an answer 5xx before it counts as a fault.
 const FAILED_LOOKS_MAX: u32 = 3;
 
-/// The position to begin at, where a webhook is to tell what happens from now on.
-pub fn position_now() -> Seq {
-    Seq::from_json(NOW).expect("a JSON text")
-}
-
 /// What is needed to look.
 pub struct Looking {
-    /// The watched CouchDB.
-    pub server: Server,
-    /// Signs what is remembered.
-    pub key: StateKey,
-    /// What is told, and of which database.
-    pub telling: Telling,
+    /// What is told, of which database, and where that is remembered.
+    pub memory: Memory,
     /// How often, and what counts.
     pub polling: Polling,
-    /// Where a command has set the webhook.
-    pub seek: Option<Seek>,
-    /// Whether the webhook is ours to tell.
-    pub hold: Arc<Hold>,
-    /// Set when the thread is to end.
-    pub stopping: Arc<AtomicBool>,
 }
 
 /// One webhook's look at one replicator database.
@@ -77,7 +57,7 @@ struct Opened {
     /// Whether there is `_scheduler`; before CouchDB 2.1 documents alone say how their replications are.
     has_scheduler: bool,
     /// `_rev`s of the documents in which states are remembered.
-    revs: [Option<String>; BUCKETS],
+    revs: Revs,
     /// How far the database's own feed was read.
     since: Seq,
     /// Until it was once read to its end: the documents that are there.
@@ -86,14 +66,6 @@ struct Opened {
     rows: BTreeMap<String, Row>,
     next_look: Instant,
     n_failed: u32,
-}
-
-/// How a wait ended.
-pub struct Waited {
-    /// What was handed over up to here.
-    pub last_seq: Seq,
-    /// Whether we were told to end it, or there is more than is handed over at once.
-    pub closed: bool,
 }
 
 impl Monitor {
@@ -107,11 +79,11 @@ impl Monitor {
     /// Reads what is remembered, in the database that bears `mark`; `through` is what its checkpoint says.
     ///
     /// # Errors
-    /// As [`Server::request`].
+    /// As [`Memory::read`].
     pub fn open(&mut self, welcome: &Welcome, mark: Mark, through: Option<&Seq>) -> Result<()> {
         self.opened = None;
-        let is_quiet = through.is_some_and(|through| through.as_json() == NOW);
-        let (stored, revs) = self.stored(mark)?;
+        let is_quiet = through.is_some_and(is_now);
+        let (stored, revs) = self.looking.memory.read(mark)?;
         let through = through.map_or(0, number);
         let settings = self.looking.polling.transitions;
         let generation = welcome.generation;
@@ -134,15 +106,15 @@ impl Monitor {
     /// Events behind a position that are stored, at most `limit`, and the position behind them.
     pub fn page(&self, since: &Seq, limit: usize) -> (Vec<Arrived>, Seq) {
         let machine = &self.opened().machine;
-        if machine.is_first_look() {
+        if machine.remembered.is_first_look() {
             // Whoever stops here has not looked, or not at everything.
             return (Vec::new(), position_now());
         }
-        let events = machine.events_after(number(since), limit);
-        let last = events.last().map_or_else(|| seq(number(since)), |last| seq(last.n));
-        let mark = machine.mark().to_string();
-        let telling = &self.looking.telling;
-        let arrived = |n, event| Arrived { seq: Some(seq(n)), event };
+        let events = machine.remembered.events_after(number(since), limit);
+        let last = position(events.last().map_or(number(since), |last| last.n));
+        let mark = machine.remembered.mark().to_string();
+        let telling = &self.looking.memory.telling;
+        let arrived = |n, event| Arrived { seq: Some(position(n)), event };
         (events.iter().map(|kept| arrived(kept.n, telling::event(telling, kept, &mark))).collect(), last)
     }
 
@@ -150,7 +122,7 @@ impl Monitor {
     /// `emit` says so.
     ///
     /// # Errors
-    /// As [`Server::request`]; what was not stored by then is found again after the next opening.
+    /// As [`Memory::write`]; what was not stored by then is found again after the next opening.
     pub fn wait(
         &mut self,
         feed: &mut Feed,
@@ -170,7 +142,7 @@ impl Monitor {
             if !events.is_empty() && !emit(events) {
                 return Ok(Waited { last_seq, closed: true });
             }
-            if is_full || self.looking.stopping.load(Ordering::SeqCst) {
+            if is_full || self.looking.memory.is_stopping() {
                 return Ok(Waited { last_seq, closed: true });
             }
             let next = self.opened().next_look.min(until);
@@ -191,7 +163,7 @@ impl Monitor {
         match self.look(feed) {
             Ok(()) => self.opened_mut().n_failed = 0,
             Err(error) if error.kind() == Kind::Server && may_fail => {
-                log::debug!("replications of `{}`: {error}; looking again", self.looking.telling.db);
+                log::debug!("replications of `{}`: {error}; looking again", self.looking.memory.telling.db);
             }
             Err(error) => return Err(error),
         }
@@ -204,7 +176,9 @@ impl Monitor {
     fn may_fail(&mut self) -> bool {
         let opened = self.opened_mut();
         opened.n_failed += 1;
-        opened.n_failed <= FAILED_LOOKS_MAX && !opened.machine.is_first_look() && opened.found.is_none()
+        opened.n_failed <= FAILED_LOOKS_MAX
+            && !opened.machine.remembered.is_first_look()
+            && opened.found.is_none()
     }
 
     /// Waits for a change of the database for so long; `false` when the feed was closed.
@@ -226,35 +200,9 @@ impl Monitor {
         self.opened.as_mut().expect("a database is opened before it is looked at")
     }
 
-    fn is_stopping(&self) -> Result<()> {
-        match self.looking.stopping.load(Ordering::SeqCst) {
-            true => Err(Error::new(Kind::Stopped, "stopped")),
-            false => self.looking.hold.check(),
-        }
-    }
-}
-
-/// The number in a position of ours; 0 for everything else.
-fn number(position: &Seq) -> u64 {
-    let text = position.as_since();
-    text.strip_prefix('t').and_then(|number| number.parse().ok()).unwrap_or(0)
-}
-
-fn seq(number: u64) -> Seq {
-    Seq::from_json(&format!("\"t{number}\"")).expect("a JSON text")
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn positions_are_numbers_of_ours() {
-        for n in [0, 17, u64::MAX] {
-            assert_eq!(number(&seq(n)), n);
-        }
-        for other in [Seq::zero(), position_now(), Seq::from_json("\"42-g1\"").unwrap()] {
-            assert_eq!(number(&other), 0, "{other}");
-        }
+    /// Stores what changed; only then may it be told.
+    fn store(&mut self) -> Result<()> {
+        let opened = self.opened.as_mut().expect("a database is opened before it is looked at");
+        self.looking.memory.write(&mut opened.machine.remembered, &mut opened.revs)
     }
 }

@@ -184,7 +184,7 @@ fn the_worked_examples_of_the_webhook_id_are_right() {
             n_examples += 1;
         }
     }
-    assert_eq!(n_examples, 2);
+    assert_eq!(n_examples, 3);
 }
 
 fn telling() -> Telling {

@@ -8,13 +8,15 @@ use couch_hookd::config::Hookd;
 use couch_hookd::couch::client::{Server, Welcome};
 use couch_hookd::couch::leases::Hold;
 use couch_hookd::couch::local_docs;
+use couch_hookd::couch::remembered::Memory;
 use couch_hookd::pipeline::complaints::Outage;
 use couch_hookd::pipeline::hints::Hints;
 use couch_hookd::pipeline::lookout::Lookout;
-use couch_hookd::pipeline::watcher::{Watcher, Watching, position_now};
+use couch_hookd::pipeline::watcher::{Watcher, Watching};
 use couch_hookd::pure::checkpoint::{Mark, StateKey};
 use couch_hookd::pure::format::Format;
 use couch_hookd::pure::message::{Arrived, Telling, Watch};
+use couch_hookd::pure::remembered::position_now;
 use couch_hookd::pure::seq::Seq;
 use couch_hookd::standin::couch::{Flavour, Options, StandIn};
 use couch_hookd::standin::quirks::{Fault, FaultKind};
@@ -70,14 +72,16 @@ impl World {
             watch: Watch::Changes,
         };
         let mut watcher = Watcher::new(Watching {
-            server: server.clone(),
-            key: StateKey::new([7; 32]),
-            telling,
+            memory: Memory {
+                server: server.clone(),
+                key: StateKey::new([7; 32]),
+                telling,
+                seek: None,
+                hold: Hold::unlimited(),
+                stopping: Arc::default(),
+            },
             wanted: Arc::new(|db| db.starts_with("tenant-")),
             lookout: Arc::clone(&lookout),
-            seek: None,
-            hold: Hold::unlimited(),
-            stopping: Arc::default(),
         });
         watcher.open(&self.welcome, self.mark, Some(through)).unwrap();
         Life { watcher, lookout, server, through: through.clone() }

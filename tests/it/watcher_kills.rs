@@ -170,7 +170,7 @@ fn kill_through_lives(flavour: Flavour) {
             heard.unwrap_or_else(|told| panic!("{flavour:?} `{db}`: {told}"))
                 == there.iter().any(|one| one == db)
         };
-        WILD.iter().all(|db| knows(&db))
+        WILD.iter().all(knows)
     };
     let is_settled = receiver.wait_until(WAIT_MAX, knows_all);
     assert!(is_settled, "{flavour:?}: {:?}\n{}", receiver.look(told), daemon.transcript());

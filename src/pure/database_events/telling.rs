@@ -3,10 +3,9 @@
 use jiff::Timestamp;
 
 use crate::pure::about::About;
-use crate::pure::conflict::Standing;
 use crate::pure::database_events::TYPES;
-use crate::pure::message::{Event, EventDoc, Telling, WebhookId};
-use crate::pure::transitions::known::Kept;
+use crate::pure::message::{Event, Telling, WebhookId};
+use crate::pure::remembered::Kept;
 
 /// The event that a kept one is, in the database that bears `mark`; `None` when it is not wanted.
 pub fn event(telling: &Telling, kept: &Kept, mark: &str) -> Option<Event> {
@@ -32,18 +31,5 @@ fn made(id: WebhookId, event_type: &'static str, db: &str, at: Timestamp, data: 
     let message = format!("database {db}: {what}");
     let about =
         About { event_type, subject: db.to_owned(), message, data: data.into_boxed_str(), is_kept: true };
-    Event {
-        id,
-        doc_id: db.to_owned(),
-        rev: String::new(),
-        conflicts: Vec::new(),
-        deleted: false,
-        standing: Standing::Plain,
-        conflict: None,
-        seq: None,
-        doc: EventDoc::Absent,
-        line: None,
-        about: Some(Box::new(about)),
-        read_at: at,
-    }
+    about.into_event(id, db.to_owned(), String::new(), at)
 }

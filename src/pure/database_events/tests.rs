@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use super::*;
-use crate::pure::checkpoint::StateKey;
+use crate::pure::remembered::BUCKETS;
 
 fn ours() -> Mark {
     mark(0)
@@ -23,16 +23,16 @@ fn machine() -> DatabaseEvents {
 }
 
 /// Stores what is dirty; gives what is stored of each then.
-fn store(machine: &mut DatabaseEvents, stored: &mut [Option<Bucket>]) {
-    let dirty: Vec<(usize, Bucket)> =
-        machine.dirty().into_iter().map(|(index, bucket)| (index, bucket.clone())).collect();
+fn store(machine: &mut DatabaseEvents, stored: &mut [Option<Bucket<Known>>]) {
+    let dirty: Vec<(usize, Bucket<Known>)> =
+        machine.remembered.dirty().into_iter().map(|(index, bucket)| (index, bucket.clone())).collect();
     for (index, bucket) in dirty {
         stored[index] = Some(bucket);
-        machine.on_stored(index);
+        machine.remembered.on_stored(index);
     }
 }
 
-fn stored_all(machine: &mut DatabaseEvents) -> Vec<Option<Bucket>> {
+fn stored_all(machine: &mut DatabaseEvents) -> Vec<Option<Bucket<Known>>> {
     let mut stored = vec![None; BUCKETS];
     store(machine, &mut stored);
     stored
@@ -40,7 +40,8 @@ fn stored_all(machine: &mut DatabaseEvents) -> Vec<Option<Bucket>> {
 
 /// `created a`, in order, of all that would be sent; none of it counts as sent.
 fn waiting(machine: &DatabaseEvents) -> Vec<String> {
-    let mut events: Vec<&Kept> = machine.buckets.iter().flat_map(|bucket| &bucket.events).collect();
+    let mut events: Vec<&Kept> =
+        ["a", "b", "c"].iter().flat_map(|db| machine.remembered.events_of(db)).collect();
     events.sort_by_key(|kept| kept.n);
     events
         .iter()
@@ -81,12 +82,12 @@ fn coming_changing_and_going_are_told() {
 fn what_was_there_at_the_first_start_is_known_and_what_comes_later_is_told() {
     let at = Timestamp::UNIX_EPOCH;
     let mut machine = DatabaseEvents::new("dbs", ours(), vec![None; BUCKETS], 0, true);
-    assert!(machine.is_first_look());
+    assert!(machine.remembered.is_first_look());
     machine.on_there(["a", "b"].map(str::to_owned));
-    assert!(!machine.is_first_look());
+    assert!(!machine.remembered.is_first_look());
     // Killed before it has looked into any of them.
     let mut machine = DatabaseEvents::new("dbs", ours(), stored_all(&mut machine), 0, true);
-    assert!(!machine.is_first_look(), "all of it is stored, empty documents too");
+    assert!(!machine.remembered.is_first_look(), "all of it is stored, empty documents too");
     for db in ["a", "b", "c"] {
         assert!(machine.on_seen(db, 1));
         assert_eq!(machine.known(db), None);
@@ -184,46 +185,6 @@ fn what_waits_for_an_endpoint_is_bounded_and_what_may_be_sent_is_left_alone() {
     check("c!u!d", &["created a", "updated a", "deleted a"]);
 }
 
-#[test]
-fn nothing_is_sent_before_it_is_stored_nor_before_what_came_earlier() {
-    let (mut machine, at) = (machine(), Timestamp::UNIX_EPOCH);
-    let (one, other) =
-        ("a", (0..).map(|n| format!("b{n}")).find(|db| bucket_of(db) != bucket_of("a")).unwrap());
-    machine.on_found(one, found(1, true), None, at);
-    machine.on_found(&other, found(1, true), None, at);
-    assert!(machine.events_after(0, 100).is_empty());
-    machine.on_stored(bucket_of(&other));
-    assert!(machine.events_after(0, 100).is_empty());
-    machine.on_stored(bucket_of(one));
-    assert_eq!(machine.events_after(0, 100).len(), 2);
-    machine.on_through(2);
-    machine.on_found(one, found(1, true), None, at);
-    assert_eq!(waiting(&machine).len(), 3);
-    stored_all(&mut machine);
-    assert_eq!(
-        waiting(&machine),
-        [format!("created {other}"), format!("updated {one}")],
-        "what is delivered goes with the next write"
-    );
-}
-
-#[test]
-fn documents_are_believed_in_their_own_place_alone() {
-    let key = StateKey::new([7; 32]);
-    let (mut machine, at) = (machine(), Timestamp::UNIX_EPOCH);
-    machine.on_found("a", found(1, true), Some(u64::MAX), at);
-    let (index, bucket) = machine.dirty().remove(0);
-    let id = Bucket::id("dbs", index);
-    let text = bucket.to_json(&("couch_hookd", &id), &key, Some("0-3"));
-    assert!(text.starts_with("{\"_rev\":\"0-3\",\"mark\":"), "{text}");
-    assert_eq!(Bucket::from_json(text.as_bytes(), &("couch_hookd", &id), &key).as_ref(), Ok(bucket));
-    assert!(Bucket::from_json(text.as_bytes(), &("couch_hookd", "other"), &key).is_err());
-    assert!(
-        Bucket::from_json(text.replace("created", "deleted").as_bytes(), &("couch_hookd", &id), &key)
-            .is_err()
-    );
-}
-
 /// What really is: by name the life and how often it was written.
 type Truth = BTreeMap<String, (u8, u32)>;
 
@@ -285,7 +246,7 @@ fn a_kill_at_any_moment_loses_nothing_and_reuses_no_number() {
                         through = kept.n;
                     }
                     // The checkpoint may be lost with a kill, too; here it is stored at once.
-                    machine.on_through(through);
+                    machine.remembered.on_through(through);
                 }
             }
         }

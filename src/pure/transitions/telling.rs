@@ -9,12 +9,12 @@ use serde::Serialize;
 use serde_json::{Value, json};
 
 use crate::pure::about::About;
-use crate::pure::conflict::Standing;
 use crate::pure::lag::Checkpoint;
-use crate::pure::message::{Event, EventDoc, Telling, WebhookId};
+use crate::pure::message::{Event, Telling, WebhookId};
+use crate::pure::remembered::Kept;
 use crate::pure::rep_error::{Analysis, Class, analyze};
 use crate::pure::replication::{Job, Progress, Row, State};
-use crate::pure::transitions::known::{Kept, TRANSIENT};
+use crate::pure::transitions::known::TRANSIENT;
 use crate::pure::transitions::{INVALID, TYPES, Told};
 use crate::pure::url::shown_url;
 
@@ -156,20 +156,7 @@ fn made(id: WebhookId, event_type: &'static str, key: String, at: Timestamp, dat
     let subject = key.strip_prefix(TRANSIENT).unwrap_or(&key).to_owned();
     let message = message(event_type, &subject, &serde_json::from_str(&data).unwrap_or_default());
     let about = About { event_type, subject, message, data: data.into_boxed_str(), is_kept: true };
-    Event {
-        id,
-        doc_id: key,
-        rev: String::new(),
-        conflicts: Vec::new(),
-        deleted: false,
-        standing: Standing::Plain,
-        conflict: None,
-        seq: None,
-        doc: EventDoc::Absent,
-        line: None,
-        about: Some(Box::new(about)),
-        read_at: at,
-    }
+    about.into_event(id, key, String::new(), at)
 }
 
 /// For people, one line: `replication edge1 (https://edge1/a -> https://cloud/a) is crashing: GET … failed: …`

@@ -5,8 +5,9 @@ use std::time::{Duration, Instant};
 use serde_json::json;
 
 use crate::pure::checkpoint::{Mark, StateKey};
+use crate::pure::remembered::{BUCKETS, Bucket, bucket_of};
 use crate::pure::replication::{Info, Row, State};
-use crate::pure::transitions::known::{BUCKETS, Bucket, bucket_of};
+use crate::pure::transitions::known::Known;
 use crate::pure::transitions::{Settings, Told, Transitions, default_types};
 
 const POLL: Duration = Duration::from_secs(5);
@@ -23,7 +24,7 @@ fn mark() -> Mark {
 /// A daemon with its monitor; `buckets` is what CouchDB has stored.
 struct World {
     machine: Transitions,
-    stored: Vec<Option<Bucket>>,
+    stored: Vec<Option<Bucket<Known>>>,
     now: Instant,
     said: Vec<String>,
 }
@@ -69,13 +70,18 @@ impl World {
     }
 
     fn store(&mut self) {
-        let dirty: Vec<(usize, Bucket)> =
-            self.machine.dirty().into_iter().map(|(index, bucket)| (index, bucket.clone())).collect();
+        let dirty: Vec<(usize, Bucket<Known>)> = self
+            .machine
+            .remembered
+            .dirty()
+            .into_iter()
+            .map(|(index, bucket)| (index, bucket.clone()))
+            .collect();
         for (index, bucket) in dirty {
             let (place, key) = (("_replicator", "x"), StateKey::new([1; 32]));
             let json = bucket.to_json(&place, &key, None);
             self.stored[index] = Some(Bucket::from_json(json.as_bytes(), &place, &key).unwrap());
-            self.machine.on_stored(index);
+            self.machine.remembered.on_stored(index);
         }
     }
 
@@ -295,12 +301,12 @@ fn numbers_are_given_once_and_events_are_kept_until_they_are_delivered() {
     let mut world = World::new(false);
     world.poll(&[("a", row(State::Running)), ("b", row(State::Running))], 2);
     let numbers = |world: &World| -> Vec<u64> {
-        world.machine.events_after(0, 9).iter().map(|event| event.n).collect()
+        world.machine.remembered.events_after(0, 9).iter().map(|event| event.n).collect()
     };
     assert_eq!(numbers(&world), [1, 2]);
     world.restart();
     assert_eq!(numbers(&world), [1, 2]);
-    world.machine.on_through(1);
+    world.machine.remembered.on_through(1);
     assert_eq!(numbers(&world), [2]);
     let told = world.machine.on_gone("a");
     world.told(told);
@@ -309,24 +315,10 @@ fn numbers_are_given_once_and_events_are_kept_until_they_are_delivered() {
     assert_eq!(numbers(&world), [2, 3]);
     world.restart();
     assert_eq!(numbers(&world), [2, 3], "what was delivered went with the write of its document");
-    world.machine.on_through(3);
+    world.machine.remembered.on_through(3);
     world.machine.on_document("x");
     let highest = Transitions::new(SETTINGS, mark(), vec![None; BUCKETS], 3, false);
-    assert_eq!(highest.last(), 3, "the checkpoint remembers, too");
-}
-
-#[test]
-fn what_somebody_else_wrote_is_not_believed() {
-    let (place, key) = (("_replicator", "couch-hookd.sync.1"), StateKey::new([1; 32]));
-    let json = Bucket::new(mark()).to_json(&place, &key, Some("0-1"));
-    assert!(Bucket::from_json(json.as_bytes(), &place, &key).is_ok());
-    for (body, place) in [
-        (json.replace("\"last\":0", "\"last\":9"), place),
-        (json.clone(), ("_replicator", "couch-hookd.sync.2")),
-        ("{}".to_owned(), place),
-    ] {
-        assert!(Bucket::from_json(body.as_bytes(), &place, &key).is_err(), "{body}");
-    }
+    assert_eq!(highest.remembered.last(), 3, "the checkpoint remembers, too");
 }
 
 #[test]
@@ -361,12 +353,12 @@ fn nothing_is_told_before_what_came_earlier_is_stored() {
         world.told(told);
     }
     let keys = |world: &World| -> Vec<String> {
-        world.machine.events_after(0, 9).iter().map(|event| event.key.clone()).collect()
+        world.machine.remembered.events_after(0, 9).iter().map(|event| event.key.clone()).collect()
     };
     // CouchDB refuses one of three documents: a position behind `c` would pass `b`.
-    world.machine.on_stored(bucket_of("a"));
-    world.machine.on_stored(bucket_of("c"));
+    world.machine.remembered.on_stored(bucket_of("a"));
+    world.machine.remembered.on_stored(bucket_of("c"));
     assert_eq!(keys(&world), ["a"]);
-    world.machine.on_stored(bucket_of("b"));
+    world.machine.remembered.on_stored(bucket_of("b"));
     assert_eq!(keys(&world), ["a", "b", "c"]);
 }
