@@ -148,10 +148,11 @@ fn kill_through_lives(flavour: Flavour) {
     let steps = std::thread::scope(|scope| {
         let living = scope.spawn(|| live(&couch, &receiver, &killing));
         for _ in 0..n_kills {
-            // A life of the daemon ends when its time is up, or in the middle of a request, which on a busy machine comes late.
-            let in_a_request = fastrand::bool();
+            // A life of the daemon ends when its time is up, or in the middle of some request, which may be late: it takes
+            // two seconds to be sure that a database was made again.
+            let (in_a_request, n_more) = (fastrand::bool(), fastrand::usize(..8));
             let life = Duration::from_millis(fastrand::u64(30..2_000));
-            let n = receiver.look(|record| record.deliveries().len());
+            let n = receiver.look(|record| record.deliveries().len()) + n_more;
             let life = if in_a_request { WAIT_MAX } else { life };
             let _ = receiver.wait_until(life, |record| in_a_request && record.deliveries().len() > n);
             daemon.kill();
