@@ -80,7 +80,7 @@ impl Watcher {
     /// what the checkpoint says.
     ///
     /// # Errors
-    /// As [`Server::request`](crate::couch::client::Server::request).
+    /// As [`Memory::read`].
     pub fn open(&mut self, welcome: &Welcome, mark: Mark, through: Option<&Seq>) -> Result<()> {
         self.opened = None;
         let is_quiet = through.is_some_and(is_now);
@@ -114,7 +114,7 @@ impl Watcher {
     /// says so, or `emit`.
     ///
     /// # Errors
-    /// As [`Server::request`](crate::couch::client::Server::request); what was not stored by then is found again after the next opening.
+    /// As [`Memory::write`]; what was not stored by then is found again after the next opening.
     pub fn wait(
         &mut self,
         is_closed: &dyn Fn() -> bool,

@@ -79,7 +79,7 @@ impl Monitor {
     /// Reads what is remembered, in the database that bears `mark`; `through` is what its checkpoint says.
     ///
     /// # Errors
-    /// As [`Server::request`](crate::couch::client::Server::request).
+    /// As [`Memory::read`].
     pub fn open(&mut self, welcome: &Welcome, mark: Mark, through: Option<&Seq>) -> Result<()> {
         self.opened = None;
         let is_quiet = through.is_some_and(is_now);
@@ -122,7 +122,7 @@ impl Monitor {
     /// `emit` says so.
     ///
     /// # Errors
-    /// As [`Server::request`](crate::couch::client::Server::request); what was not stored by then is found again after the next opening.
+    /// As [`Memory::write`]; what was not stored by then is found again after the next opening.
     pub fn wait(
         &mut self,
         feed: &mut Feed,
