@@ -261,14 +261,14 @@ impl Transitions {
         Some(Told { key, event_type: RESUBMITTED, state, previous: state })
     }
 
-    /// Those that are to be saved again: counted as submitted, and still failed with the same end.
-    pub fn resubmitted(&self) -> Vec<String> {
+    /// Those that are to be saved again: counted as submitted, and still failed with the same end, which came then.
+    pub fn resubmitted(&self) -> Vec<(String, Option<Timestamp>)> {
         let still = self.remembered.all().filter(|(key, known)| {
             known.state == Some(State::Failed)
                 && known.resubmitted.is_some_and(|(_, after)| after == known.ended_at)
                 && self.seen.get(*key).is_some_and(|seen| seen.failed_since.is_some())
         });
-        still.map(|(key, _)| key.to_owned()).collect()
+        still.map(|(key, known)| (key.to_owned(), known.ended_at)).collect()
     }
 
     /// How often a replication was submitted again since it last went well.

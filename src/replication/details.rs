@@ -2,6 +2,7 @@
 //!
 //! Nothing of it is needed for telling: what CouchDB does not give is left out.
 
+use jiff::Timestamp;
 use serde_json::Value;
 
 use crate::couch::scheduler;
@@ -85,8 +86,14 @@ impl Monitor {
     /// Saves failed replications again that are counted as submitted; what cannot be saved is tried at the next look.
     pub(super) fn resubmit(&mut self) {
         let (server, db) = (&self.looking.memory.server, &self.looking.memory.telling.db);
-        let is_failed = |document: &Value| document["_replication_state"] == State::Failed.as_str();
-        for key in self.opened().machine.resubmitted() {
+        // Not one that failed once more since: that is another failure, to be counted first.
+        let is_failed = |document: &Value, ended_at: Option<Timestamp>| {
+            let time = document["_replication_state_time"].as_str().and_then(|time| time.parse().ok());
+            let is_later =
+                ended_at.zip(time).is_some_and(|(known, found): (Timestamp, Timestamp)| found > known);
+            document["_replication_state"] == State::Failed.as_str() && !is_later
+        };
+        for (key, ended_at) in self.opened().machine.resubmitted() {
             if self.looking.memory.check().is_err() {
                 return;
             }
@@ -94,7 +101,7 @@ impl Monitor {
                 format!("webhook `{}`, replication `{key}` of `{db}`", self.looking.memory.telling.webhook);
             let saved = match scheduler::document(server, db, &key) {
                 // Somebody was first.
-                Ok(document) if !document.as_ref().is_some_and(is_failed) => continue,
+                Ok(document) if !document.as_ref().is_some_and(|one| is_failed(one, ended_at)) => continue,
                 Ok(_) => scheduler::resubmit(server, db, &key).map(drop),
                 Err(error) => Err(error),
             };
