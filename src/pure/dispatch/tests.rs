@@ -500,3 +500,31 @@ fn one_of_those_that_rest_takes_no_more_than_its_share_of_the_window() {
     let more = pages(&mut world);
     assert!(more.iter().any(|(flow, limit)| *flow == small && *limit > 0), "{more:?}");
 }
+
+#[test]
+fn one_whose_letter_is_to_be_sent_again_is_not_let_go() {
+    let mut world = World::new(8);
+    world.dispatch.set_readings_max(4);
+    let resting = Flow::new(false, Duration::from_secs(60), Duration::from_secs(5)).resting();
+    let flow = world.dispatch.add(resting);
+    let poll = |world: &mut World| {
+        let mut actions = Vec::new();
+        world.dispatch.poll(world.now, usize::MAX, 0.5, &mut || true, &mut actions);
+        actions
+    };
+    let event = event("d", "1-a");
+    let letter = SuspectLetter { id: event.id, doc_id: "d".into(), resolved: None };
+    world.dispatch.ask_replay(flow, letter.clone(), Asked { even_if_superseded: false }, world.now);
+    assert!(poll(&mut world).iter().any(|action| matches!(action, Action::Fetch(..))));
+    let (checkpoint, rev) = (Some((Seq::zero(), Vec::new())), None);
+    let opened =
+        Opened { mark: "mark".into(), checkpoint, rev, recreated: false, doc_count: 0, conflicted: None };
+    world.dispatch.on_opened(flow, opened);
+    poll(&mut world);
+    world.dispatch.on_end(flow, Some(Seq::zero()), None, false, world.now);
+    let is_let_go = |actions: &[Action]| actions.iter().any(|one| matches!(one, Action::LetGo(_)));
+    assert!(world.dispatch.flow(flow).is_at_rest());
+    assert!(!is_let_go(&poll(&mut world)), "its place would be another database's when the letter is sent");
+    world.dispatch.forget_letters(&[letter.id]);
+    assert!(is_let_go(&poll(&mut world)));
+}
