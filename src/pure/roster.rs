@@ -628,4 +628,29 @@ mod tests {
         roster.on_not_stored(number);
         assert!(roster.is_changed());
     }
+
+    #[test]
+    fn what_is_stored_is_clean_only_once_it_was_read_and_told() {
+        let mark = Mark::new([1; 16]);
+        let mut roster = Roster::restored([("a".to_owned(), Entry { mark: Some(mark), clean: vec![1] })]);
+        let mut now = sys::now();
+        let stored = |roster: &mut Roster| {
+            roster.on_not_stored(bucket("a"));
+            roster.take_changed().unwrap().1[0].1.clean.clone()
+        };
+        roster.on_seen("a", 2);
+        assert_eq!(stored(&mut roster), [1], "it waits");
+        for _ in 0..2 {
+            roster.next(now).unwrap();
+            roster.on_active("a", 0);
+            assert_eq!(stored(&mut roster), [1], "it is read");
+            roster.on_failed("a", true, now);
+            assert_eq!(stored(&mut roster), [1], "it could not be read");
+            now = roster.next_deadline().unwrap();
+        }
+        roster.next(now).unwrap();
+        roster.on_active("a", 0);
+        roster.on_rested("a");
+        assert_eq!(stored(&mut roster), [1, 2]);
+    }
 }
