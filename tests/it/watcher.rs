@@ -26,7 +26,7 @@ use serde_json::{Value, json};
 
 use crate::docs::assert_fits;
 use crate::host::WAIT_MAX;
-use crate::world::{Daemon, FLAVOURS, Ini};
+use crate::world::{Daemon, FLAVOURS, Ini, on_each};
 
 const STATE_DB: &str = "couch_hookd";
 
@@ -151,7 +151,8 @@ fn text(event_type: &str, db: &str) -> String {
 
 #[test]
 fn databases_that_come_change_and_go_are_told_with_hints_and_without() {
-    for (flavour, hints) in FLAVOURS.into_iter().flat_map(|flavour| [(flavour, true), (flavour, false)]) {
+    let cases = FLAVOURS.map(|flavour| [(flavour, true), (flavour, false)]);
+    on_each(cases.as_flattened(), |(flavour, hints)| {
         let world = World::new(flavour);
         let couch = &world.couch;
         couch.create_db("tenant-old");
@@ -185,7 +186,7 @@ fn databases_that_come_change_and_go_are_told_with_hints_and_without() {
         assert!(!told.iter().any(|(text, _)| strange(&text.as_str())), "{flavour:?} {told:?}");
         let ids: BTreeSet<&String> = told.iter().map(|(_, id)| id).collect();
         assert_eq!(ids.len(), told.len(), "each has its own id");
-    }
+    });
 }
 
 /// What one wait gives.

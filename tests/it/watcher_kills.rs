@@ -124,7 +124,7 @@ fn is_there(told: &[String]) -> Result<bool, String> {
 }
 
 fn kill_through_lives(flavour: Flavour) {
-    let n_kills = if long() { 40 } else { 6 };
+    let n_kills = if long() { 40 } else { 4 };
     let couch = couch(flavour, &[UNCHANGED]);
     if flavour == Flavour::V3 {
         couch.create_db("_global_changes");

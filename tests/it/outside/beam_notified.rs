@@ -163,7 +163,8 @@ fn a_beam_that_is_killed_takes_its_notifier_along() {
     let (begun, path) = (sys::now(), format!("/proc/{}/fd", beam.pid));
     // A process that has ended, even one that nobody has asked about yet, holds no files.
     while std::fs::read_dir(&path).is_ok_and(|mut files| files.next().is_some()) {
-        assert!(begun.elapsed() < std::time::Duration::from_millis(1_500), "it lives on");
+        // A second, on a machine that has nothing else to do.
+        assert!(begun.elapsed() < crate::host::WAIT_MAX, "it lives on");
         sys::yield_now();
     }
 }
