@@ -15,6 +15,8 @@ mod configuring;
 mod conflicts;
 mod couch;
 mod databases;
+mod databases_kills;
+mod databases_watched;
 mod divided;
 mod docs;
 mod ending;
@@ -45,8 +47,6 @@ mod standin;
 mod standin_recorded;
 mod standin_replicator;
 mod trial;
-mod watcher;
-mod watcher_kills;
 mod world;
 
 mod outside;

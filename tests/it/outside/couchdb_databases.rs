@@ -5,8 +5,8 @@ use std::time::Duration;
 use couch_hookd::standin::receiver::Receiver;
 use serde_json::Value;
 
+use crate::databases_watched::bodies;
 use crate::outside::couchdb::Real;
-use crate::watcher::bodies;
 use crate::world::{Daemon, receiver_with};
 
 /// A real server opens databases slowly.

@@ -10,9 +10,9 @@ use couch_hookd::standin::record::Record;
 use couch_hookd::sys;
 use serde_json::{Value, json};
 
+use crate::databases_watched::bodies;
 use crate::host::WAIT_MAX;
 use crate::replications_kills::assert_order_in_each_life;
-use crate::watcher::bodies;
 use crate::world::{Daemon, Ini, STATE_DB, couch, long, receiver_with};
 
 /// Databases that go through [`LIFE`] together, each step when the one before was told.
@@ -124,7 +124,7 @@ fn is_there(told: &[String]) -> Result<bool, String> {
 }
 
 fn kill_through_lives(flavour: Flavour) {
-    let n_kills = if long() { 40 } else { 4 };
+    let n_kills = if long() { 40 } else { 2 };
     let couch = couch(flavour, &[UNCHANGED]);
     if flavour == Flavour::V3 {
         couch.create_db("_global_changes");
